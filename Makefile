@@ -1,0 +1,59 @@
+# Each target works as the only command on a fresh clone: the first one makes .venv and installs the project into it.
+#   make test PYTEST_ARGS="-k schedule"     passes arguments on to pytest
+#   make test TORCH_INDEX=URL               takes PyTorch from this package index
+PYTHON ?= python3
+PYTEST_ARGS ?=
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install -qq $(if $(CI),--no-input)
+TORCH_WANTED = import tomllib; \
+    print(*(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("torch")))
+
+.PHONY: help demo test check bench gpu clean
+
+help:
+	@echo "make demo    what the backend does to a small model, step by step"
+	@echo "make test    the test suite"
+	@echo "make check   lint, types and layers"
+	@echo "make bench   every benchmark that runs on a CPU"
+	@echo "make gpu     the tests and benchmarks that need an accelerator, with $(PYTHON) and its PyTorch"
+	@echo "make clean   remove .venv and everything else that was made here"
+
+demo: $(STAMP)
+	@$(BIN)/python -m dbo_compile demo
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -m "not gpu" --durations=10 $(PYTEST_ARGS)
+
+check: $(STAMP)
+	@echo "ruff" && $(BIN)/ruff check --quiet .
+	@echo "mypy" && $(BIN)/mypy
+	@echo "layers" && $(BIN)/python -m pytest -q tests/test_layers.py
+
+bench: $(STAMP)
+	@set -e; ls benchmarks/bench_*.py >/dev/null; for file in benchmarks/bench_*.py; do \
+	    name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+
+# Not in .venv: a PyTorch that fits the accelerator is there already, and such machines often have no network.
+gpu:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+	    f"make gpu: torch {torch.__version__} of {sys.executable} sees no accelerator; set PYTHON to one that does")'
+	@test -f benchmarks/gpu.py || { echo "make gpu: benchmarks/gpu.py is missing" >&2; exit 1; }
+	@$(PYTHON) -m pytest -m gpu --durations=10 $(PYTEST_ARGS)
+	@$(PYTHON) -m benchmarks.gpu
+
+clean:
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find dbo_compile tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# PyTorch first and alone, so that TORCH_INDEX chooses its build and nothing else.
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || { echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing PyTorch (the largest part)"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$($(BIN)/python -c '$(TORCH_WANTED)')"
+	@echo "installing dbo-compile and its development tools"
+	@$(PIP) --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,142 @@
+"""The torch.compile backend. Read this file to know what happens to a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from dbo_compile import capture, compat
+from dbo_compile import graph as g
+from dbo_compile.config import Config
+from dbo_compile.errors import NotSplit
+from dbo_compile.ir.program import Program, Run
+from dbo_compile.ir.schedule import Schedule, Step
+from dbo_compile.ir.tokens import TOKENS, TokenMap
+from dbo_compile.ir.verify import verify_program, verify_schedule
+from dbo_compile.log import logger, setup_from_environment
+from dbo_compile.passes.analyze import analyze
+from dbo_compile.passes.cost import seconds
+from dbo_compile.passes.cut import cut, unsplit_writes
+from dbo_compile.passes.emit import emit
+from dbo_compile.passes.inner import compile_codes
+from dbo_compile.passes.lower import lower
+from dbo_compile.passes.order import order
+from dbo_compile.passes.outline import Outline, outline
+from dbo_compile.passes.sync import sync
+from dbo_compile.report import Levels, Report, add_report
+from dbo_compile.runtime.engine import Engine, TokenInput
+
+setup_from_environment()
+
+
+def dbo(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """The backend that `torch.compile(model, backend="dbo", options={...})` finds by its entry point.
+
+    `gm` is a Dynamo graph, `example_inputs` the real arguments of its first call, among them the numbers that Dynamo
+    made symbols. `options` are the fields of `Config`. Raises `ValueError` for a wrong option, and for any `mode`.
+    """
+    if mode is not None:
+        raise ValueError(f"backend dbo has no modes, got mode={mode!r}; use options={{...}}, see dbo_compile.Config")
+    config = Config.from_options(options)
+    original = copy.copy(gm)
+    try:
+        return _split(gm, example_inputs, config)
+    except NotSplit as why:
+        logger.info("a graph is not split: %s", why)
+        add_report(Report(reason=str(why)))
+        return compat.whole_graph_inductor(original, example_inputs) if config.inner == "inductor" else original.forward
+
+
+def _split(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    if config.split == "never":
+        raise NotSplit('split="never"')
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        raise NotSplit("autograd needs a backward graph, and only inference is split: call it under torch.no_grad()")
+    if config.split == "auto" and not capture.has_communication(gm):
+        raise NotSplit('it has no communication to hide; split="always" splits it all the same')
+    tokens = capture.token_tensors(gm, example_inputs, config.token_dims)
+    capture.make_symbolic(tokens)
+
+    def compile_aten(aten_gm: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_graph(aten_gm, tokens, config)
+
+    return compat.to_aten(gm, example_inputs, compile_aten)
+
+
+def compile_graph(gm: fx.GraphModule, tokens: Sequence[capture.TokenTensor], config: Config) -> Engine:
+    """Every level of an ATen graph, top to bottom, and at the end the engine that plays it."""
+    whole = fx.GraphModule(gm, copy.copy(gm.graph))
+    compat.reinplace(gm)
+    inputs = g.inputs(gm.graph)
+    position = compat.argument_positions(inputs)
+    token_dims = {inputs[position[t.index]]: t.dim for t in tokens}
+    symbols = tuple(dict.fromkeys(g.expression(g.value(n).shape[d]) for n, d in token_dims.items()))
+
+    placed = analyze(gm.graph, token_dims, symbols, whole={})
+    segments = outline(gm, cut(gm.graph, placed), placed, symbols)
+    costs = {name: seconds(segments.groups[name]) for name in segments.codes}
+
+    def cost(step: Step | Run) -> float:
+        return costs[segments.segments[step.segment].code]
+
+    schedules = {n: make_schedule(segments, placed, cost, n, config.policy) for n in (1, config.num_microbatches)}
+    programs = {n: make_program(segments, schedule) for n, schedule in schedules.items()}
+
+    compiled = compile_codes(segments.codes, _hints(gm.graph, symbols, config.num_microbatches), inner=config.inner)
+    fns = {name: c.fn for name, c in compiled.items()}
+    modules = {n: emit(p, fns, segments.outputs) for n, p in programs.items()}
+    guards = [*_graph_guards(gm.graph, symbols), *(guard for c in compiled.values() for guard in c.guards)]
+    engine = Engine(
+        modules,
+        list(dict.fromkeys(guards)),
+        [TokenInput(position[t.index], t.dim, t.name) for t in tokens],
+        {s: i for i, n in enumerate(inputs) if g.is_symbolic_number(n) and (s := g.expression(g.value(n))) not in symbols},
+        whole.forward,
+        num_microbatches=config.num_microbatches,
+        min_tokens=config.min_tokens,
+        least_rows=2 if config.inner == "inductor" else 1,
+    )
+    n = config.num_microbatches
+    levels = Levels(gm.graph, placed, segments, schedules[n], programs[n], modules[n], cost)
+    add_report(Report(levels=levels, engine=engine))
+    return engine
+
+
+def make_schedule(
+    segments: Outline, placed: TokenMap, cost: Callable[[Step], float], num_microbatches: int, policy: str
+) -> Schedule:
+    threaded = frozenset(name for name, group in segments.groups.items() if unsplit_writes(group, placed))
+    schedule = order(segments.segments, num_microbatches, policy, cost=cost, threaded=threaded)
+    verify_schedule(schedule)
+    return schedule
+
+
+def make_program(segments: Outline, schedule: Schedule) -> Program:
+    """Lower, synchronise and prove."""
+    results = [name for name in segments.outputs if isinstance(name, str)]
+    instrs = lower(schedule, segments.places, segments.inputs, results)
+    program = Program(sync(instrs, segments.segments), segments.segments, schedule.num_microbatches)
+    verify_program(program)
+    return program
+
+
+def _graph_guards(graph: fx.Graph, symbols: Sequence[sympy.Symbol]) -> list[sympy.Expr]:
+    number = next(g.value(n) for n in g.inputs(graph) if g.is_symbolic_number(n))
+    renamed = [guard.xreplace(dict.fromkeys(symbols, TOKENS)) for guard in compat.graph_guards(number)]
+    return [guard for guard in renamed if guard.has(TOKENS)]
+
+
+def _hints(graph: fx.Graph, symbols: Sequence[sympy.Symbol], num_microbatches: int) -> dict[sympy.Symbol, int]:
+    """The value that each symbol had in the traced call; for tokens, those of one microbatch, and never 0 or 1."""
+    hints = {
+        g.expression(g.value(n)): int(g.value(n).node.hint) for n in g.inputs(graph) if g.is_symbolic_number(n)
+    }
+    num_tokens = max(hints.pop(s) for s in symbols)
+    return {TOKENS: max(2, num_tokens // num_microbatches), **hints}

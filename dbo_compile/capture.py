@@ -1,0 +1,94 @@
+"""Capture: which inputs of a Dynamo graph carry tokens, and a trace in which their number is a symbol."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from dbo_compile import compat
+from dbo_compile import graph as g
+from dbo_compile.errors import NotSplit
+from dbo_compile.rules.collectives import comm_op
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTensor:
+    """An argument that carries tokens: where it stands among the arguments, its token dim, its name for people."""
+
+    index: int
+    placeholder: fx.Node
+    tensor: torch.Tensor
+    dim: int
+    name: str
+
+
+def has_communication(gm: fx.GraphModule) -> bool:
+    """Whether a Dynamo graph, or a graph nested in it, calls a collective that we know."""
+    return any(
+        comm_op(target) is not None
+        for module in gm.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+        for target in _overloads(node.target)
+    )
+
+
+def _overloads(target: Any) -> Iterator[Any]:
+    """Dynamo graphs name ops without saying which overload."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        yield from (getattr(target, name) for name in target.overloads())
+    else:
+        yield target
+
+
+def token_tensors(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], token_dims: Mapping[str, int] | None
+) -> list[TokenTensor]:
+    """The arguments that carry tokens: those that `token_dims` names; if it names none of this graph's, every tensor
+    that is no weight and whose dim 0 is as long as the first one's. Raises `NotSplit` if there are none.
+
+    A wrong guess costs time, never a wrong answer: placing values is sound for whatever is sliced.
+    """
+    found = [
+        TokenTensor(i, node, x, 0, _short_name(node))
+        for i, (node, x) in enumerate(zip(g.inputs(gm.graph), example_inputs, strict=True))
+        if isinstance(x, torch.Tensor) and x.ndim and not compat.is_parameter(node, x)
+    ]
+    named = [
+        TokenTensor(t.index, t.placeholder, t.tensor, dim % t.tensor.ndim, t.name)
+        for t in found
+        for name, dim in (token_dims or {}).items()
+        if name == t.name
+    ]
+    if named:
+        sizes = {f"{t.name} (dim {t.dim})": t.tensor.shape[t.dim] for t in named}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"token_dims names dims of different sizes: {sizes}; each must count the same tokens")
+        return named
+    if not found:
+        raise NotSplit("none of its inputs is a tensor that could carry tokens")
+    return [t for t in found if t.tensor.shape[0] == found[0].tensor.shape[0]]
+
+
+def _short_name(placeholder: fx.Node) -> str:
+    """The last name in where an argument comes from: `input_ids` for `L['kwargs']['input_ids']`."""
+    names = re.findall(r"[A-Za-z_]\w*", compat.source_name(placeholder))
+    return str(names[-1]) if names else placeholder.name
+
+
+def make_symbolic(tokens: Sequence[TokenTensor]) -> None:
+    """Return if every token dim is a symbol of this trace; else have Dynamo trace again, once, or raise `NotSplit`."""
+    fixed = [t for t in tokens if not compat.is_dynamic(t.placeholder, t.dim)]
+    if not fixed:
+        return
+    if all(t.tensor.shape[t.dim] == 1 for t in fixed):
+        raise NotSplit("it has a single token")
+    if any([compat.ask_for_dynamic(t.tensor, t.dim) for t in fixed]):
+        compat.trace_again("dbo: the token dim becomes a symbol")
+    names = ", ".join(f"{t.name} (dim {t.dim})" for t in fixed)
+    raise NotSplit(f"the model was specialised to the number of tokens it was first called with, in {names}")

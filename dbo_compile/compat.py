@@ -1,0 +1,199 @@
+"""The only file that meets torch's private APIs. Each function here is tried on every supported torch (2.11 to 2.13)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import sympy
+import torch
+from functorch.compile import make_boxed_func
+from torch import fx
+from torch._decomp import get_decompositions
+from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.source import ConstantSource
+from torch._functorch._aot_autograd.descriptors import PlainAOTInput
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.fx_passes.post_grad import decompose_auto_functionalized
+from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
+from torch._inductor.fx_utils import FakeTensorUpdater
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+aten = torch.ops.aten
+
+Compiled = Callable[..., Any]
+
+
+# -- Dynamo -----------------------------------------------------------------------------------------------------------
+
+
+def is_parameter(placeholder: fx.Node, tensor: torch.Tensor) -> bool:
+    """Whether a placeholder of a Dynamo graph is a parameter or buffer of the model rather than an argument.
+
+    A tensor that the user marked to have a fixed address ("guarded", a static KV cache) is an argument.
+    """
+    kind = placeholder.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+    return isinstance(tensor, torch.nn.Parameter) or kind == "unguarded"
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Where an argument of a Dynamo graph comes from in the user's frame, e.g. `L['input_ids']`."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+def is_dynamic(placeholder: fx.Node, dim: int) -> bool:
+    """Whether Dynamo traced `dim` of this argument as a symbol."""
+    val = placeholder.meta["example_value"]
+    return not isinstance(val.shape[dim], int)
+
+
+def ask_for_dynamic(tensor: torch.Tensor, dim: int) -> bool:
+    """Mark a dim of a real tensor so that the next trace makes it a symbol; False if it was asked for before."""
+    if dim in getattr(tensor, "_dynamo_weak_dynamic_indices", ()):
+        return False
+    maybe_mark_dynamic(tensor, dim)
+    return True
+
+
+def trace_again(reason: str) -> NoReturn:
+    """Leave the backend so that Dynamo traces the frame once more: one of the few exceptions it lets through."""
+    raise TensorifyScalarRestartAnalysis(restart_reason=reason)
+
+
+# -- AOTAutograd and Inductor -----------------------------------------------------------------------------------------
+
+
+def to_aten(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: Callable[..., Compiled]) -> Compiled:
+    """Trace a Dynamo graph to functional ATen ops (mutations of inputs as trailing `copy_`) and compile that.
+
+    `compiler(gm, fake_inputs)` returns a function of the flat arguments. Only `index_copy` is decomposed: the
+    re-inplacing pass knows its `index_put` form only, and without it a KV cache would be copied whole.
+    """
+
+    def boxed(aten_gm: fx.GraphModule, fake_inputs: Sequence[Any]) -> Compiled:
+        made: Compiled = make_boxed_func(compiler(aten_gm, fake_inputs))
+        return made
+
+    compiled: Compiled = aot_module_simplified(
+        gm,
+        list(example_inputs),
+        fw_compiler=boxed,
+        inference_compiler=boxed,
+        decompositions=get_decompositions([aten.index_copy]),
+        keep_inference_input_mutations=True,
+    )
+    return compiled
+
+
+def argument_positions(placeholders: Sequence[fx.Node]) -> dict[int, int]:
+    """Which argument of the ATen graph each argument of the Dynamo graph became."""
+    return {
+        desc.idx: i for i, p in enumerate(placeholders) if isinstance(desc := p.meta.get("desc"), PlainAOTInput)
+    }
+
+
+def reinplace(gm: fx.GraphModule) -> None:
+    """Turn functional updates of graph inputs back into updates in place, on the whole graph, before it is cut."""
+    reinplace_inplaceable_ops(FakeTensorUpdater(gm.graph), gm.graph)
+    decompose_auto_functionalized(gm.graph)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def whole_graph_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+    """What the user would have without us: the Dynamo graph, compiled by Inductor."""
+    compiled: Compiled = compile_fx(gm, list(example_inputs))
+    return compiled
+
+
+class SegmentShapes:
+    """The private shape environment of one segment: its guards never reach the user's, and can be asked for.
+
+    `backed` symbols have a hint and a least value; `unbacked` ones have neither, and so never a guard.
+    """
+
+    def __init__(self, backed: Mapping[sympy.Symbol, int], unbacked: Sequence[sympy.Symbol]) -> None:
+        self.env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.env)
+        self._own: dict[sympy.Symbol, sympy.Expr] = {}
+        self._hints: dict[sympy.Symbol, sympy.Integer] = {}
+        for symbol, hint in backed.items():
+            self._own[symbol] = self._new_backed(str(symbol), hint)
+            self._hints[self._own[symbol]] = sympy.Integer(hint)
+        for symbol in unbacked:
+            with self.env.ignore_fresh_unbacked_symbols():  # they come from outside: no op here makes them
+                number = self.env.create_unbacked_symint()
+            torch._check(number >= 0)
+            self._own[symbol] = number.node.expr
+
+    def _new_backed(self, name: str, hint: int) -> sympy.Expr:
+        source = ConstantSource(f"dbo_{name}")
+        return self.env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+
+    def number(self, expr: sympy.Expr) -> int | torch.SymInt:
+        """An expression over the symbols given, as a number of this environment."""
+        own = sympy.sympify(expr).xreplace(self._own)
+        if own.is_Integer:
+            return int(own)
+        hint = own.xreplace(self._hints)
+        return self.env.create_symintnode(own, hint=int(hint) if hint.is_Integer else None)
+
+    def tensor(self, sizes: Sequence[sympy.Expr], strides: Sequence[sympy.Expr], like: torch.Tensor) -> torch.Tensor:
+        with self.mode:
+            return torch.empty_strided(
+                [self.number(s) for s in sizes],
+                [self.number(s) for s in strides],
+                dtype=like.dtype,
+                device=like.device,
+            )
+
+    def guards(self) -> list[sympy.Expr]:
+        """What compiling assumed of the backed symbols, over the symbols given."""
+        back = {own: symbol for symbol, own in self._own.items()}
+        ranges = [
+            sympy.Ge(own, bounds.lower, evaluate=False)
+            for own, bounds in self.env.var_to_range.items()
+            if own in self._hints and bounds.lower > 0
+        ]
+        return [g.xreplace(back) for g in (*(guard.expr for guard in self.env.guards), *ranges)]
+
+
+def segment_inductor(gm: fx.GraphModule, inputs: Sequence[Any], shapes: SegmentShapes) -> Compiled:
+    """Compile one segment; `inputs` are fake values of `shapes`."""
+    FakeTensorProp(gm, mode=shapes.mode).propagate_dont_convert_inputs(*inputs)
+    for placeholder, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        placeholder.meta["val"] = value  # torch 2.11 leaves the value of a symbolic placeholder stale
+    with tracing(TracingContext(shapes.mode)):
+        compiled: Compiled = compile_fx(gm, list(inputs))
+    return compiled
+
+
+# -- symbols ----------------------------------------------------------------------------------------------------------
+
+
+def graph_guards(val: torch.SymInt) -> list[sympy.Expr]:
+    """What tracing assumed of the symbols of the shape environment that `val` belongs to."""
+    return [guard.expr for guard in val.node.shape_env.guards]
+
+
+def evaluate(expr: sympy.Expr, values: Mapping[sympy.Symbol, Any]) -> Any:
+    """An expression over given values: integers, or proxies of an fx.Graph under construction."""
+    return sympy_interp(PythonReferenceAnalysis, dict(values), expr)
+
+
+# -- process groups ---------------------------------------------------------------------------------------------------
+
+
+def process_group(name: Any) -> Any:
+    """The process group that a functional collective names (torch 2.13 also allows the group itself)."""
+    return _resolve_process_group(name) if isinstance(name, str) else name

@@ -1,0 +1,197 @@
+"""Explain and verify: what a split does to a model, shown and checked on given inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from dbo_compile import graph as g
+from dbo_compile.backend import dbo
+from dbo_compile.report import Levels, Report, reports
+from dbo_compile.runtime.clock import chart
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What became of each graph of a model. `str()` shows every level."""
+
+    reports: tuple[Report, ...]
+
+    @property
+    def split(self) -> bool:
+        """Whether some graph is split."""
+        return any(r.split for r in self.reports)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why graphs, calls and ops are not split."""
+        graphs = [r.reason for r in self.reports if r.reason]
+        calls = [reason for r in self.reports for reason in r.decline_counts]
+        ops = [f"{op}: {reason}" for r in self.reports for op, reason in r.barriers.items()]
+        return graphs + calls + ops
+
+    @property
+    def program(self) -> str:
+        """The programs of the split graphs, as text."""
+        return "\n\n".join(str(r.levels.program) for r in self.reports if r.levels)
+
+    @property
+    def hidden_comm(self) -> float:
+        """The share of communication that the clock predicts to lie under compute, in [0, 1]."""
+        hidden = [r.levels.timeline.hidden_comm for r in self.reports if r.levels]
+        return sum(hidden) / len(hidden) if hidden else 0.0
+
+    def __str__(self) -> str:
+        return "\n\n".join(text for i, r in enumerate(self.reports) for text in _graph_text(i, r))
+
+
+def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Explanation:
+    """Compile `model` for these arguments, call it once without gradients, and tell what was split and why not.
+
+    `model` is a Module or a function; `options` are those of the backend.
+    """
+    before = len(reports())
+    _run(_compiled(model, options or {}), args, kwargs)
+    return Explanation(tuple(reports()[before:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Whether splitting changes the answer. Differences are the largest over all elements of all outputs.
+
+    `equal`: split and unsplit agree within `atol + rtol * |unsplit|`. `error` has the reason if they could not be
+    compared, and `equal` is False then.
+    """
+
+    equal: bool
+    max_abs_diff: float
+    max_abs_diff_eager: float
+    split: bool
+    error: str = ""
+
+
+def verify(
+    model: Any,
+    *args: Any,
+    atol: float | None = None,
+    rtol: float | None = None,
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Verification:
+    """Compare eager, unsplit and split on these arguments. Raises nothing: what goes wrong is in `error`.
+
+    Arguments are cloned for each run, because a model may write to them. The tolerances default to those of
+    `torch.testing.assert_close` for the outputs' dtype.
+    """
+    try:
+        eager = _run(model, args, kwargs)
+        unsplit = _run(_compiled(model, {**(options or {}), "split": "always", "min_tokens": 2**62}), args, kwargs)
+        before = len(reports())
+        split = _run(_compiled(model, {**(options or {}), "split": "always"}), args, kwargs)
+        diff, equal = _difference(split, unsplit, atol, rtol)
+        eager_diff, _ = _difference(split, eager, atol, rtol)
+    except Exception as error:  # noqa: BLE001  a check that raises would be one more thing to guard against
+        return Verification(False, float("nan"), float("nan"), split=False, error=f"{type(error).__name__}: {error}")
+    return Verification(equal, diff, eager_diff, split=any(r.calls_split for r in reports()[before:]))
+
+
+def _compiled(model: Any, options: dict[str, Any]) -> Callable[..., Any]:
+    """`model` compiled afresh, beside whatever the user has compiled: Dynamo caches by code object, so this has its own."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+    compiled: Callable[..., Any] = torch.compile(own, backend=dbo, options=options)
+    return compiled
+
+
+def _run(fn: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    args, kwargs = pytree.tree_map(lambda a: a.clone() if isinstance(a, torch.Tensor) else copy.copy(a), (args, kwargs))
+    with torch.no_grad():
+        return [leaf for leaf in pytree.tree_leaves(fn(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+
+
+def _difference(
+    got: list[torch.Tensor], want: list[torch.Tensor], atol: float | None, rtol: float | None
+) -> tuple[float, bool]:
+    worst, equal = 0.0, True
+    for a, b in zip(got, want, strict=True):
+        worst = max(worst, (a.double() - b.double()).abs().max().item() if a.numel() else 0.0)
+        try:
+            torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
+        except AssertionError:
+            equal = False
+    return worst, equal
+
+
+# -- the levels as text -----------------------------------------------------------------------------------------------
+
+
+def _graph_text(index: int, report: Report) -> Iterator[str]:
+    yield f"graph {index}: " + (f"not split: {report.reason}" if report.levels is None else _summary(report))
+    if report.levels is None:
+        return
+    if report.barriers:
+        yield _listing("barriers (played once on all tokens)", report.barriers)
+    if report.obligations:
+        yield _listing("taken on trust (checked by dbo_compile.verify)", report.obligations)
+    if report.decline_counts:
+        yield _listing("calls that were not split", report.decline_counts)
+    yield "segments\n" + segments_text(report.levels)
+    yield f"schedule\n{report.levels.schedule}"
+    yield "lanes (predicted)\n" + chart(report.levels.timeline)
+    yield f"program\n{report.levels.program}"
+
+
+def _summary(report: Report) -> str:
+    assert report.levels is not None
+    return (
+        f"split in {report.num_microbatches} microbatches, {report.num_segments} segments of which "
+        f"{report.num_unique_segments} differ, {report.num_comm_ops} collectives, {len(report.barriers)} barriers, "
+        f"{report.levels.timeline.hidden_comm:.0%} of communication hidden (predicted)"
+    )
+
+
+def _listing(title: str, rows: dict[str, Any]) -> str:
+    return "\n".join([title, *(f"  {key}: {value}" for key, value in rows.items())])
+
+
+def segments_text(levels: Levels) -> str:
+    """One line a segment: lane, how often it is played, its code, what it reads and makes."""
+    lines = []
+    for s in levels.outline.segments.values():
+        times = f"x{levels.program.num_microbatches}" if s.per_microbatch else "x1"
+        code = "" if s.code == s.name else f"  code of {s.code}"
+        kind = "host" if s.host else s.lane.value
+        lines.append(f"  {kind:8}{times:4}{s.name}({', '.join(s.inputs)}) -> {', '.join(s.outputs)}{code}")
+    return "\n".join(lines)
+
+
+def placements_text(levels: Levels) -> str:
+    """The ATen graph, one line an op: where its tokens are, why it is a barrier, what it takes on trust."""
+    lines = []
+    for node in levels.graph.nodes:
+        if node.op == "output":
+            continue
+        place = levels.tokens.places[node]
+        shown = ", ".join(map(str, place)) if isinstance(place, tuple) else str(place)
+        lines.append(f"{node.name:40}{shown:24}{node.target}{_remarks(levels, node)}")
+    return "\n".join(lines)
+
+
+def _remarks(levels: Levels, node: Any) -> str:
+    remarks = []
+    if node in levels.tokens.barriers:
+        remarks.append(f"barrier: {levels.tokens.barriers[node]}")
+    if node in levels.tokens.obligations:
+        remarks.append(f"assumes that {levels.tokens.obligations[node]}")
+    if not remarks:
+        return ""
+    return "  # " + "; ".join([*remarks, *([g.source_line(node)] if g.source_line(node) else [])])

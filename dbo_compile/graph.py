@@ -1,0 +1,148 @@
+"""The few questions we ask of an FX graph, answered with precise types. Only this file meets fx.Argument and meta."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import fx
+
+
+def inputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    return tuple(n for n in graph.nodes if n.op == "placeholder")
+
+
+def results(graph: fx.Graph) -> tuple[Any, ...]:
+    """What the graph returns: nodes, and constants (None among them)."""
+    return tuple(cast("Any", graph.output_node().args[0]))
+
+
+def body(graph: fx.Graph) -> Iterator[fx.Node]:
+    return (n for n in graph.nodes if n.op not in ("placeholder", "output"))
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value that stands for the result of `node`."""
+    return node.meta.get("val")
+
+
+def expression(size: int | torch.SymInt | torch.SymFloat | torch.SymBool) -> sympy.Expr:
+    """A size as a sympy expression: comparing these adds no guard, comparing SymInts would."""
+    return size.node.expr if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else sympy.sympify(size)
+
+
+def is_symbolic_number(node: fx.Node) -> bool:
+    return isinstance(value(node), torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def map_nodes(args: Any, fn: Callable[[fx.Node], Any]) -> Any:
+    return fx.node.map_aggregate(args, lambda a: fn(a) if isinstance(a, fx.Node) else a)
+
+
+def flat(args: Any) -> list[Any]:
+    """The leaves of nested arguments, in order."""
+    leaves: list[Any] = []
+    fx.node.map_aggregate(args, lambda a: leaves.append(a))
+    return leaves
+
+
+def has_tag(node: fx.Node, tag: torch.Tag) -> bool:
+    return tag in getattr(node.target, "tags", ())
+
+
+def written(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The arguments that an op changes in place, by its schema."""
+    return tuple(arg for arg, info in _schema_args(node) if info is not None and info.is_write)
+
+
+def viewed(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The arguments whose memory the result of an op may share, by its schema."""
+    return tuple(arg for arg, info in _schema_args(node) if info is not None and not info.is_write) + written(node)
+
+
+def base(node: fx.Node) -> fx.Node:
+    """The node whose memory `node` shares: follows views, and updates in place, to where they begin."""
+    while node.op == "call_function":
+        if node.target is operator.getitem:
+            node = cast("fx.Node", node.args[0])
+        elif bases := viewed(node):
+            node = bases[0]
+        else:
+            break
+    return node
+
+
+def shares_input(node: fx.Node) -> bool:
+    """Whether a value lies in the memory of an argument of the graph."""
+    return base(node).op == "placeholder"
+
+
+def is_dense(val: torch.Tensor) -> bool:
+    """Whether a tensor fills its memory without gaps or repeats, in whatever order of dims. Asks the hints: no guards."""
+    dims = sorted((_hint(stride), _hint(size)) for size, stride in zip(val.shape, val.stride(), strict=True))
+    expected = 1
+    for stride, size in dims:
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """The size in the call that was traced; a data-dependent one counts as 7, a number that divides nothing."""
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    free = expr.free_symbols - set(size.node.shape_env.backed_var_to_val)
+    known = {s: size.node.shape_env.backed_var_to_val[s] for s in expr.free_symbols - free}
+    return int(expr.xreplace(known | dict.fromkeys(free, sympy.Integer(7))))
+
+
+def _schema_args(node: fx.Node) -> Iterator[tuple[fx.Node, Any]]:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return
+    named = {a.name: a.alias_info for a in schema.arguments}
+    given = [*zip((a.name for a in schema.arguments), node.args, strict=False), *node.kwargs.items()]
+    for name, arg in given:
+        for leaf in flat(arg):
+            if isinstance(leaf, fx.Node):
+                yield leaf, named[name]
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module that `node` comes from, e.g. `model.layers.0.mlp`; "" for none."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    return path.replace("L['self'].", "").replace("L['self']", "").replace("['", ".").replace("']", "").strip(".")
+
+
+def source_line(node: fx.Node) -> str:
+    """The user's line that `node` comes from: `file.py:12, code`; "" for none."""
+    trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    at = max((i for i, line in enumerate(trace) if line.startswith("File ")), default=None)
+    if at is None:
+        return ""
+    file, line = trace[at].removeprefix("File ").split(", ")[:2]
+    code = trace[at + 1] if at + 1 < len(trace) else ""
+    return f"{file.strip(chr(34))}:{line.removeprefix('line ')}, {code}"
+
+
+def unbacked_bindings(node: fx.Node) -> dict[sympy.Symbol, Any]:
+    """The data-dependent sizes that `node` brings into the graph, and where in its result each stands."""
+    return node.meta.get("unbacked_bindings") or {}
+
+
+def copy_meta(new: fx.Node, old: fx.Node) -> None:
+    """Give a copied node the value and the provenance of the old one."""
+    new.meta = dict(old.meta)
+
+
+def set_value(node: fx.Node, val: Any) -> None:
+    node.meta["val"] = val

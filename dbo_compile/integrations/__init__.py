@@ -1,0 +1,1 @@
+"""Libraries that dbo-compile works with; importing one registers with it."""

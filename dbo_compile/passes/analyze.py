@@ -1,0 +1,191 @@
+"""Placement analysis: ATen graph to `TokenMap`, one walk over the graph, asking one rule per op.
+
+An op whose rule refuses becomes a barrier: played once on all tokens. Rows in an order of their own (`Local`) cannot be
+joined for it, so the ops that arranged them are played once as well, and the graph is walked again. Never changes the graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from dbo_compile import graph as g
+from dbo_compile.errors import CannotSplit
+from dbo_compile.ir.tokens import (
+    FRESH,
+    TOKENS,
+    Count,
+    Local,
+    Number,
+    Placement,
+    Ruling,
+    Shared,
+    Split,
+    TokenMap,
+    Value,
+)
+from dbo_compile.rules import RULES
+
+aten = torch.ops.aten
+# Checks on numbers: they have no result, and each microbatch makes them on its own numbers.
+CHECKS = frozenset({aten._assert_scalar.default, aten.sym_constrain_range_for_size.default})
+
+
+def analyze(
+    graph: fx.Graph, token_dims: Mapping[fx.Node, int], symbols: Collection[sympy.Symbol], whole: Mapping[fx.Node, str]
+) -> TokenMap:
+    """Place every value of `graph`.
+
+    `token_dims` says which inputs carry tokens, in which dim; `symbols` are the symbols that stand for their number.
+    `whole` holds ops that are to be barriers whatever their rule says, each with the reason.
+    """
+    whole = dict(whole)
+    while True:
+        walk = _Walk(token_dims, dict.fromkeys(symbols, TOKENS), whole)
+        for node in graph.nodes:
+            walk.visit(node)
+        if not walk.arrangers.keys() - whole.keys():
+            return TokenMap(walk.places, walk.barriers, walk.obligations, walk.localised)
+        whole |= walk.arrangers
+
+
+class _Walk:
+    """One walk: the tables it fills, and `arrangers`, the ops that turn out to be needed whole."""
+
+    def __init__(
+        self, token_dims: Mapping[fx.Node, int], symbols: dict[sympy.Symbol, sympy.Symbol], whole: Mapping[fx.Node, str]
+    ) -> None:
+        self.token_dims = token_dims
+        self.symbols = symbols
+        self.whole = whole
+        self.places: dict[fx.Node, Placement | tuple[Placement, ...]] = {}
+        self.barriers: dict[fx.Node, str] = {}
+        self.obligations: dict[fx.Node, str] = {}
+        self.localised: dict[fx.Node, None] = {}
+        self.arrangers: dict[fx.Node, str] = {}
+
+    def visit(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.places[node] = self._input(node)
+            return
+        if node.op == "output":
+            self._check_results(node)
+            return
+        try:
+            if node in self.whole:
+                raise CannotSplit(self.whole[node])
+            self.places[node] = self._place(node)
+        except CannotSplit as why:
+            self.barriers[node] = str(why)
+            self.places[node] = self._from_shape(g.value(node))
+            self._need_whole(node, str(why))
+
+    def _input(self, node: fx.Node) -> Placement:
+        if node in self.token_dims:
+            return Split(self.token_dims[node])
+        if g.is_symbolic_number(node):
+            return Count() if self._expr(g.value(node)).has(TOKENS) else Shared()
+        return Shared()
+
+    def _place(self, node: fx.Node) -> Placement | tuple[Placement, ...]:
+        if node.target is operator.getitem:
+            made = self.places[node.args[0]]  # type: ignore[index]
+            return made[node.args[1]] if isinstance(made, tuple) else made  # type: ignore[index]
+        if g.is_symbolic_number(node) or node.target in CHECKS:
+            return self._number_place(node)
+        if all(isinstance(p, Shared) for n in node.all_input_nodes for p in _flat(self.places[n])):
+            return Shared()
+        if g.has_tag(node, torch.Tag.nondeterministic_seeded):
+            raise CannotSplit("it draws random numbers: their order would depend on the split")
+        return self._apply_rule(node)
+
+    def _number_place(self, node: fx.Node) -> Placement:
+        places = [self.places[n] for n in node.all_input_nodes]
+        if any(isinstance(p, Split) for p in places) and node.target is not aten.sym_size.int:
+            raise CannotSplit("it reads a number out of a tensor that has rows of tokens")
+        if any(isinstance(p, Local) for p in places):
+            return Local(position=True)
+        val = g.value(node)
+        counts = self._expr(val).has(TOKENS) if g.is_symbolic_number(node) else Count() in places
+        return Count() if counts else Shared()
+
+    def _apply_rule(self, node: fx.Node) -> Placement | tuple[Placement, ...]:
+        rule = _rule_of(node)
+        ruling = rule(*g.map_nodes(node.args, self._argument), **g.map_nodes(node.kwargs, self._argument))
+        if not isinstance(ruling, Ruling):
+            ruling = Ruling(ruling)
+        if ruling.assumes:
+            self.obligations[node] = ruling.assumes
+        if ruling.local_positions:
+            self.localised[node] = None
+        if isinstance(ruling.place, tuple):
+            return tuple(_named(p, node) for p in ruling.place)
+        return _named(ruling.place, node)
+
+    def _argument(self, node: fx.Node) -> Any:
+        val, place = g.value(node), self.places[node]
+        if g.is_symbolic_number(node):
+            assert not isinstance(place, tuple)
+            return Number(self._expr(val), place)
+        if isinstance(val, torch.Tensor):
+            assert not isinstance(place, tuple)
+            return Value(tuple(self._expr(s) for s in val.shape), place, val.dtype)
+        raise CannotSplit(f"{node.name} is neither a tensor nor a number")
+
+    def _expr(self, size: Any) -> sympy.Expr:
+        return g.expression(size).xreplace(self.symbols)
+
+    def _from_shape(self, val: Any) -> Placement | tuple[Placement, ...]:
+        """Where a value that was made on all tokens can be split again: slicing is sound wherever rules agree to it."""
+        if isinstance(val, list | tuple):
+            return tuple(p for v in val for p in _flat(self._from_shape(v)))
+        if not isinstance(val, torch.Tensor):
+            return Shared()
+        dims = [d for d, size in enumerate(val.shape) if _counts_tokens(self._expr(size))]
+        return Split(dims[0]) if len(dims) == 1 else Shared()
+
+    def _check_results(self, node: fx.Node) -> None:
+        for result in node.all_input_nodes:
+            if isinstance(self.places[result], Local):
+                self._arrangers_of(result, "the graph returns rows of many tokens in an order of their own")
+
+    def _need_whole(self, node: fx.Node, reason: str) -> None:
+        for n in node.all_input_nodes:
+            if any(isinstance(p, Local) for p in _flat(self.places[n])):
+                self._arrangers_of(n, f"{node.name} needs its result for all tokens at once, because {reason}")
+
+    def _arrangers_of(self, node: fx.Node, reason: str) -> None:
+        """The ops among the ancestors of `node` that made rows `Local` out of rows that were not."""
+        todo, seen = [node], {node}
+        while todo:
+            n = todo.pop()
+            before = [i for i in n.all_input_nodes if any(isinstance(p, Local) for p in _flat(self.places[i]))]
+            if not before:
+                self.arrangers.setdefault(n, reason)
+            todo += [i for i in before if i not in seen]
+            seen.update(before)
+
+
+def _flat(place: Placement | tuple[Placement, ...]) -> tuple[Placement, ...]:
+    return place if isinstance(place, tuple) else (place,)
+
+
+def _named(place: Placement, node: fx.Node) -> Placement:
+    return replace(place, order=node.name) if isinstance(place, Local) and place.order == FRESH else place
+
+
+def _counts_tokens(size: sympy.Expr) -> bool:
+    """Whether a size is k tokens' worth of rows, for some k."""
+    return bool(size.has(TOKENS)) and not (size / TOKENS).has(TOKENS)
+
+
+def _rule_of(node: fx.Node) -> Callable[..., Any]:
+    if node.target not in RULES:
+        raise CannotSplit(f"{node.target} has no placement rule; teach it one with dbo_compile.register_rule")
+    return RULES[node.target]

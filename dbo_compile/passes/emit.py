@@ -1,0 +1,111 @@
+"""Emit: program to an FX graph again, the rewritten graph that dumps show and whose generated code runs.
+
+One call per instruction. Segments are attributes of the module, called by name; everything else is a method of `lanes`,
+the first argument, which knows the device: `lanes.switch_to_comm()`, `lanes.record('e3', 'compute')`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dbo_compile.ir.program import Begin, End, Free, Instr, Join, Program, Record, Reg, Rows, Run, Slice, Wait
+from dbo_compile.ir.schedule import Lane, Step
+
+
+def emit(program: Program, fns: Mapping[str, Callable[..., Any]], results: Sequence[Any]) -> fx.GraphModule:
+    """The program as a module whose `forward(lanes, *args)` returns a tuple.
+
+    `fns` has what to call for each code; `results` is what the caller gets: registers, and constants. `steps` of the
+    module tells which step a call of a segment plays, by the name of its node.
+    """
+    emitter = _Emitter(program)
+    for instr in program.instrs:
+        emitter.add(instr)
+    emitter.end(results)
+    root = torch.nn.Module()
+    for name, fn in fns.items():
+        object.__setattr__(root, name, fn)
+    module = fx.GraphModule(root, emitter.graph, "Program")
+    module.steps = emitter.steps
+    return module
+
+
+class _Emitter:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = fx.Graph()
+        self.lanes = self.graph.placeholder("lanes")
+        self.lane = Lane.COMPUTE
+        self.regs: dict[Reg, fx.Node] = {}
+        self.live: dict[Reg, None] = {}
+        self.steps: dict[str, Step] = {}
+        self.written = {w for i in program.instrs if isinstance(i, Run) for w in i.writes}
+
+    def add(self, instr: Instr) -> None:
+        match instr:
+            case Begin(outs):
+                for reg in outs:
+                    self._set(reg, self.graph.placeholder(_name(reg)))
+            case Rows(microbatch, outs):
+                self._set_all(outs, self._call("rows", microbatch))
+            case Slice(src, dim, microbatch, out):
+                self._switch(Lane.COMPUTE)
+                how = "view" if out in self.written else "slice"
+                self._set(out, self._call(how, self.regs[src], dim, microbatch, name=_name(out)))
+            case Join(srcs, dim, out):
+                self._switch(Lane.COMPUTE)
+                self._set(out, self._call("join", [self.regs[r] for r in srcs], dim, name=_name(out)))
+            case Run():
+                self._run(instr)
+            case Record(lane, event):
+                self._call("record", event, lane.value, name="record")
+            case Wait(lane, event):
+                self._call("wait", event, lane.value, name="wait")
+            case Free(regs):
+                self._call("free", *(self.regs[r] for r in regs), name="free")
+                for reg in regs:
+                    del self.live[reg]
+            case End():
+                self._switch(Lane.COMPUTE)
+
+    def end(self, results: Sequence[Any]) -> None:
+        """Keep to the end what the program has not freed, then return."""
+        kept = [self.regs[r] for r in self.live if self.regs[r].op != "placeholder"]
+        if kept:
+            self._call("free", *kept, name="free")
+        self.graph.output(tuple(self.regs[r] if isinstance(r, str) else r for r in results))
+
+    def _run(self, run: Run) -> None:
+        self._switch(run.lane)
+        segment = self.program.segments[run.segment]
+        first = (self.lanes,) if run.lane is Lane.COMM else ()
+        step = Step(run.segment, run.microbatch)
+        args = (*first, *(self.regs[r] for r in run.ins))
+        made = self.graph.create_node("call_module", segment.code, args, {}, _name(str(step)))
+        self.steps[made.name] = step
+        self._set_all(run.outs, made)
+
+    def _switch(self, lane: Lane) -> None:
+        if lane is not self.lane:
+            self.lane = lane
+            self._call(f"switch_to_{lane.value}", name=f"switch_to_{lane.value}")
+
+    def _call(self, method: str, *args: Any, name: str | None = None) -> fx.Node:
+        return self.graph.create_node("call_method", method, (self.lanes, *args), {}, name)
+
+    def _set_all(self, regs: Sequence[Reg], made: fx.Node) -> None:
+        for i, reg in enumerate(regs):
+            self._set(reg, self.graph.create_node("call_function", operator.getitem, (made, i), {}, _name(reg)))
+
+    def _set(self, reg: Reg, node: fx.Node) -> None:
+        self.regs[reg] = node
+        self.live[reg] = None
+
+
+def _name(reg: str) -> str:
+    return reg.replace("#", "_")

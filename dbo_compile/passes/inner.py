@@ -1,0 +1,56 @@
+"""Inner compile: each distinct code once, with a symbolic number of rows in a shape environment of its own."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from tqdm import tqdm
+
+from dbo_compile import compat
+from dbo_compile.ir.tokens import TOKENS
+from dbo_compile.passes.cut import Kind
+from dbo_compile.passes.outline import Code
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What to call for a code, and what its compiler assumed of the numbers it is called with."""
+
+    fn: Callable[..., Any]
+    guards: tuple[sympy.Expr, ...]
+
+
+def compile_codes(
+    codes: Mapping[str, Code], hints: Mapping[sympy.Symbol, int], *, inner: str
+) -> dict[str, Compiled]:
+    """Compile every code; `hints` has the value of each symbol in the call that was traced.
+
+    Collectives and reads on the host are never compiled. A progress bar shows on a terminal.
+    """
+    done: dict[str, Compiled] = {}
+    compute = [c for c in codes.values() if c.kind is Kind.COMPUTE and inner == "inductor"]
+    with tqdm(total=len(compute), desc="dbo: compiling segments", disable=not sys.stderr.isatty(), leave=False) as bar:
+        for name, code in codes.items():
+            if code in compute:
+                bar.set_postfix_str(name)
+                done[name] = _inductor(code, hints)
+                bar.update()
+            else:
+                done[name] = Compiled(code.module.forward, ())
+    return done
+
+
+def _inductor(code: Code, hints: Mapping[sympy.Symbol, int]) -> Compiled:
+    backed = {s: hints[s] for s in code.numbers if s in hints}
+    shapes = compat.SegmentShapes(backed, [s for s in code.numbers if s not in hints])
+    inputs = [
+        *(shapes.number(s) for s in code.numbers),
+        *(shapes.tensor(a.sizes, a.strides, a.like) for a in code.tensors),
+    ]
+    fn = compat.segment_inductor(copy.deepcopy(code.module), inputs, shapes)
+    return Compiled(fn, tuple(g for g in shapes.guards() if g.has(TOKENS)))

@@ -1,0 +1,47 @@
+"""Names for segments, from the paths of the modules that their ops come from."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from dbo_compile import graph as g
+from dbo_compile.passes.cut import Group, Kind
+from dbo_compile.rules.collectives import comm_op
+
+
+def names_of(groups: Sequence[Group]) -> list[str]:
+    """A name for each group, unique: `layers_0_mlp`, `layers_0_mlp_all_to_all`, `layers_0_mlp_2`."""
+    count: Counter[str] = Counter()
+    names = []
+    for group in groups:
+        name = _name(group)
+        count[name] += 1
+        names.append(name if count[name] == 1 else f"{name}_{count[name]}")
+    return names
+
+
+def _name(group: Group) -> str:
+    path = _common_path([p for n in group.nodes if (p := g.module_path(n))])
+    match group.mode.kind:
+        case Kind.COMM:
+            op = next(str(n.target) for n in group.nodes if comm_op(n.target))
+            parts = [path, re.sub(r"(_single|_into_tensor|_tensor)?$", "", op.split(".")[-2], count=1)]
+        case Kind.HOST:
+            parts = [path, "read_counts"]
+        case Kind.COMPUTE:
+            parts = [path]
+    if not group.mode.per_microbatch:
+        parts.append("once")
+    return re.sub(r"\W+", "_", ".".join(p for p in parts if p)) or "main"
+
+
+def _common_path(paths: Sequence[str]) -> str:
+    """The deepest module that most of the ops come from, without the leading `model.` that every path has."""
+    count: Counter[str] = Counter()
+    for path in paths:
+        parts = path.split(".")
+        count.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+    deepest = [p for p, n in count.items() if 2 * n > len(paths)]
+    return max(deepest, key=lambda p: (p.count("."), count[p], p), default="").removeprefix("model.")

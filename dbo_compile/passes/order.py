@@ -1,0 +1,199 @@
+"""Order the steps: segments in, a schedule out. Needs a policy; never changes what a segment is or where it runs.
+
+A policy gets the steps in the order of the graph, and for each the steps it needs. All policies are deterministic:
+every rank must issue the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from heapq import heappop, heappush
+from itertools import groupby
+
+from dbo_compile.ir.needs import needed_steps, needs_of, steps_of
+from dbo_compile.ir.schedule import Lane, Schedule, Segment, Step
+
+Cost = Callable[[Step], float]
+HOST_TICKS = 0.05
+"""What reading a few counts on the host takes, where a stretch of compute or a collective takes 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a policy orders: the steps in the order of the graph, each with the steps that must come before it."""
+
+    segments: Mapping[str, Segment]
+    num_microbatches: int
+    needs: Mapping[Step, tuple[Step, ...]]
+    cost: Cost
+
+    def lane(self, step: Step) -> Lane:
+        return self.segments[step.segment].lane
+
+
+def order(
+    segments: Mapping[str, Segment],
+    num_microbatches: int,
+    policy: str = "list",
+    *,
+    cost: Cost | None = None,
+    threaded: frozenset[str] = frozenset(),
+) -> Schedule:
+    """The schedule of a policy: `list`, `alternate` or `sequential`.
+
+    `cost` is how long a step takes (default: 1 tick, reads on the host `HOST_TICKS`); it must be the same on every
+    rank. The microbatches of `threaded` segments, which share state that they write in place, play in order.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"no policy {policy!r}; there are {', '.join(POLICIES)}")
+    needs = _step_needs(segments, num_microbatches, threaded)
+    task = Task(segments, num_microbatches, needs, cost or partial(_ticks, segments))
+    return Schedule(segments, tuple(POLICIES[policy](task)), num_microbatches)
+
+
+def _ticks(segments: Mapping[str, Segment], step: Step) -> float:
+    return HOST_TICKS if segments[step.segment].host else 1.0
+
+
+def _step_needs(segments: Mapping[str, Segment], n: int, threaded: frozenset[str]) -> dict[Step, tuple[Step, ...]]:
+    needs: dict[Step, tuple[Step, ...]] = {}
+    of_segment = needs_of(segments)
+    for segment in segments.values():
+        for step in steps_of(segment, n):
+            found = [needed_steps(segments[name], step, n) for name in of_segment[segment.name]]
+            if segment.name in threaded and step.microbatch:
+                found.append((Step(segment.name, step.microbatch - 1),))
+            needs[step] = tuple(dict.fromkeys(s for steps in found for s in steps))
+    return needs
+
+
+def _sequential(task: Task) -> Iterator[Step]:
+    """One microbatch after the other, from barrier to barrier: no overlap, the reference."""
+    for names, microbatches in _blocks(task):
+        for m in microbatches:
+            yield from (Step(name, m) for name in names)
+
+
+def _alternate(task: Task) -> Iterator[Step]:
+    """Play a microbatch until it needs the result of a collective it has just issued, then switch (as vLLM does).
+
+    All collectives in flight have arrived when a microbatch is resumed, so it may take several results in a row.
+    """
+    for names, microbatches in _blocks(task):
+        left = {m: [Step(name, m) for name in reversed(names)] for m in microbatches}
+        while left:
+            for m in list(left):
+                yield from _until_in_flight(task, left[m])
+                if not left[m]:
+                    del left[m]
+
+
+def _until_in_flight(task: Task, steps: list[Step]) -> Iterator[Step]:
+    in_flight: set[Step] = set()
+    while steps:
+        step = steps[-1]
+        if task.lane(step) is Lane.COMM and not task.segments[step.segment].host:
+            in_flight.add(step)
+        elif not in_flight.isdisjoint(task.needs[step]):
+            return
+        yield steps.pop()
+
+
+def _blocks(task: Task) -> Iterator[tuple[list[str], list[int | None]]]:
+    """Neighbouring segments that are played per microbatch, or once, with the microbatches to play them for."""
+    for per_microbatch, segments in groupby(task.segments.values(), key=lambda s: s.per_microbatch):
+        yield [s.name for s in segments], [*range(task.num_microbatches)] if per_microbatch else [None]
+
+
+def _longest_path_first(task: Task) -> Iterator[Step]:
+    """List scheduling on two lanes: what could start first, and of those what has the longest way to the end."""
+    lanes = _Lanes(task)
+    picked: dict[Lane, list[Step]] = {lane: [] for lane in Lane}
+    for _ in task.needs:
+        step = lanes.pick()
+        picked[task.lane(step)].append(step)
+    return _issue_early(task, picked[Lane.COMPUTE], picked[Lane.COMM])
+
+
+def _issue_early(task: Task, compute: list[Step], comm: list[Step]) -> Iterator[Step]:
+    """Both lanes' steps in one list, a collective right after the step that made the last thing it needs."""
+    issued: set[Step] = set()
+    at = 0
+    for step in [None, *compute]:
+        if step is not None:
+            issued.add(step)
+            yield step
+        while at < len(comm) and issued.issuperset(task.needs[comm[at]]):
+            issued.add(comm[at])
+            yield comm[at]
+            at += 1
+
+
+class _Lanes:
+    """Two lanes on a clock, issued by one host thread that reads of data on the host hold up."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.rank = _ranks(task)
+        self.missing = {step: len(needed) for step, needed in task.needs.items()}
+        self.users: dict[Step, list[Step]] = {step: [] for step in task.needs}
+        self.arrival = dict.fromkeys(task.needs, 0.0)
+        self.free = dict.fromkeys(Lane, 0.0)
+        self.issued = 0.0
+        self.ready: dict[Lane, list[tuple[tuple[float, int, int], Step]]] = {lane: [] for lane in Lane}
+        self.coming: dict[Lane, list[tuple[float, tuple[float, int, int], Step]]] = {lane: [] for lane in Lane}
+        for step, needed in task.needs.items():
+            for s in needed:
+                self.users[s].append(step)
+            if not needed:
+                self._come(step)
+
+    def pick(self) -> Step:
+        """Take the step that starts next. On a tie the collective: it keeps the other lane free."""
+        _, lane = min(((self._next_start(lane), lane) for lane in (Lane.COMM, Lane.COMPUTE)), key=lambda pair: pair[0])
+        start = self._next_start(lane)
+        while self.coming[lane] and self.coming[lane][0][0] <= start:
+            _, rank, step = heappop(self.coming[lane])
+            heappush(self.ready[lane], (rank, step))
+        _, step = heappop(self.ready[lane])
+        self._play(step, lane, start)
+        return step
+
+    def _next_start(self, lane: Lane) -> float:
+        now = max(self.free[lane], self.issued)
+        if self.ready[lane]:
+            return now
+        return max(now, self.coming[lane][0][0]) if self.coming[lane] else float("inf")
+
+    def _play(self, step: Step, lane: Lane, start: float) -> None:
+        end = start + self.task.cost(step)
+        self.free[lane] = end
+        if self.task.segments[step.segment].host:
+            self.issued = end
+        for user in self.users[step]:
+            self.arrival[user] = max(self.arrival[user], end)
+            self.missing[user] -= 1
+            if not self.missing[user]:
+                self._come(user)
+
+    def _come(self, step: Step) -> None:
+        heappush(self.coming[self.task.lane(step)], (self.arrival[step], self.rank[step], step))
+
+
+def _ranks(task: Task) -> dict[Step, tuple[float, int, int]]:
+    """Who goes first: the longest way to the end, then the lower microbatch, then the order of the graph."""
+    way = dict.fromkeys(task.needs, 0.0)
+    for step in reversed(list(task.needs)):
+        way[step] += task.cost(step)
+        for needed in task.needs[step]:
+            way[needed] = max(way[needed], way[step])
+    return {step: (-way[step], step.microbatch or 0, i) for i, step in enumerate(task.needs)}
+
+
+POLICIES: Mapping[str, Callable[[Task], Iterator[Step]]] = {
+    "list": _longest_path_first,
+    "alternate": _alternate,
+    "sequential": _sequential,
+}

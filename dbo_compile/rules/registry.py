@@ -1,0 +1,31 @@
+"""Placement rules: given where the tokens are in the arguments of an op, where are they in its result.
+
+A rule is called only when some argument carries tokens. It returns a placement (a tuple of them for an op with
+several results), or a `Ruling` where that does not say enough, or raises `CannotSplit` with the reason. It sees `Value`
+for each tensor, `Number` for each symbolic integer, everything else as it is; never an fx.Node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from dbo_compile.ir.tokens import Placement, Ruling
+
+Rule = Callable[..., Placement | tuple[Placement, ...] | Ruling]
+_rules: dict[Any, Rule] = {}
+RULES: Mapping[Any, Rule] = MappingProxyType(_rules)
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register the function as the rule of each op overload in `targets`; a second rule for one op is an error."""
+
+    def register(fn: Rule) -> Rule:
+        for target in targets:
+            if target in _rules:
+                raise ValueError(f"{target} already has a rule: {_rules[target].__name__}")
+            _rules[target] = fn
+        return fn
+
+    return register
