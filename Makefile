@@ -34,14 +34,19 @@ check: $(STAMP)
 	@echo "layers" && $(BIN)/python -m pytest -q tests/test_layers.py
 
 bench: $(STAMP)
-	@set -e; ls benchmarks/bench_*.py >/dev/null; for file in benchmarks/bench_*.py; do \
-	    name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+	@set -e; for file in benchmarks/bench_*.py; do \
+	    test -f "$$file" || { echo "make bench: there is no $$file" >&2; exit 1; }; \
+	    name=$$(basename "$$file" .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
-# Not in .venv: a PyTorch that fits the accelerator is there already, and such machines often have no network.
+# Not in .venv: a PyTorch that fits the accelerator is there already, and such machines often have no network. Nothing
+# is installed into that Python either; build/gpu is there for the entry point, the code comes from the checkout.
+gpu: export PYTHONPATH := build/gpu
 gpu:
-	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
-	    f"make gpu: torch {torch.__version__} of {sys.executable} sees no accelerator; set PYTHON to one that does")'
-	@test -f benchmarks/gpu.py || { echo "make gpu: benchmarks/gpu.py is missing" >&2; exit 1; }
+	@$(PYTHON) -c 'import torch; assert torch.accelerator.is_available()' 2>/dev/null || { \
+	    echo "make gpu: $(PYTHON) has no PyTorch that sees an accelerator; set PYTHON to one that has" >&2; exit 1; }
+	@test -f benchmarks/gpu.py || { echo "make gpu: there is no benchmarks/gpu.py" >&2; exit 1; }
+	@rm -rf build/gpu
+	@$(PYTHON) -m pip install -qq --no-index --no-deps --no-build-isolation --target build/gpu .
 	@$(PYTHON) -m pytest -m gpu --durations=10 $(PYTEST_ARGS)
 	@$(PYTHON) -m benchmarks.gpu
 

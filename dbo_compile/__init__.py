@@ -4,11 +4,30 @@
 under the compute of the other.
 """
 
-from dbo_compile.config import Config
-from dbo_compile.explain import Explanation, Verification, explain, verify
-from dbo_compile.report import Report, reports
-from dbo_compile.rules.collectives import register_comm_op
-from dbo_compile.rules.registry import rule as register_rule
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dbo_compile.config import Config
+    from dbo_compile.explain import Explanation, Verification, explain, verify
+    from dbo_compile.report import Report, reports
+    from dbo_compile.rules.collectives import register_comm_op
+    from dbo_compile.rules.registry import rule as register_rule
+
+# Loaded when first asked for: TORCH_LOGS="+dbo_compile" imports this package while torch is half loaded.
+_HOMES = {
+    "Config": ("config", "Config"),
+    "Explanation": ("explain", "Explanation"),
+    "Report": ("report", "Report"),
+    "Verification": ("explain", "Verification"),
+    "explain": ("explain", "explain"),
+    "register_comm_op": ("rules.collectives", "register_comm_op"),
+    "register_rule": ("rules.registry", "rule"),
+    "reports": ("report", "reports"),
+    "verify": ("explain", "verify"),
+}
 
 __all__ = [
     "Config",
@@ -21,3 +40,10 @@ __all__ = [
     "reports",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(f"{__name__}.{module}"), attribute)

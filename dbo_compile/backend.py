@@ -17,7 +17,8 @@ from dbo_compile.errors import NotSplit
 from dbo_compile.ir.program import Program, Run
 from dbo_compile.ir.schedule import Schedule, Step
 from dbo_compile.ir.tokens import TOKENS, TokenMap
-from dbo_compile.ir.verify import verify_program, verify_schedule
+from dbo_compile.ir.proof import verify_program
+from dbo_compile.ir.verify import verify_schedule
 from dbo_compile.log import logger, setup_from_environment
 from dbo_compile.passes.analyze import analyze
 from dbo_compile.passes.cost import seconds

@@ -40,7 +40,7 @@ def has_communication(gm: fx.GraphModule) -> bool:
 
 def _overloads(target: Any) -> Iterator[Any]:
     """Dynamo graphs name ops without saying which overload."""
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if hasattr(target, "overloads"):
         yield from (getattr(target, name) for name in target.overloads())
     else:
         yield target

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from inspect import signature
 from typing import Any, NoReturn
 
 import sympy
@@ -10,6 +12,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import fx
 from torch._decomp import get_decompositions
+from torch._dynamo import config as dynamo_config
 from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.source import ConstantSource
@@ -24,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -70,6 +74,12 @@ def trace_again(reason: str) -> NoReturn:
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
 
+def host_reads_in_graph() -> AbstractContextManager[None]:
+    """While it lasts, Dynamo keeps `.tolist()` and `.item()` in the graph, as `fullgraph=True` does."""
+    context: AbstractContextManager[None] = dynamo_config.patch(capture_scalar_outputs=True)
+    return context
+
+
 # -- AOTAutograd and Inductor -----------------------------------------------------------------------------------------
 
 
@@ -104,7 +114,8 @@ def argument_positions(placeholders: Sequence[fx.Node]) -> dict[int, int]:
 
 def reinplace(gm: fx.GraphModule) -> None:
     """Turn functional updates of graph inputs back into updates in place, on the whole graph, before it is cut."""
-    reinplace_inplaceable_ops(FakeTensorUpdater(gm.graph), gm.graph)
+    takes_module = "gm" in signature(FakeTensorUpdater).parameters  # torch 2.11 takes the graph
+    reinplace_inplaceable_ops(FakeTensorUpdater(gm if takes_module else gm.graph), gm.graph)
     decompose_auto_functionalized(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.recompile()

@@ -9,8 +9,8 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from dbo_compile import compat
 from dbo_compile import graph as g
 from dbo_compile.backend import dbo
 from dbo_compile.report import Levels, Report, reports
@@ -113,9 +113,9 @@ def _compiled(model: Any, options: dict[str, Any]) -> Callable[..., Any]:
 
 
 def _run(fn: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    args, kwargs = pytree.tree_map(lambda a: a.clone() if isinstance(a, torch.Tensor) else copy.copy(a), (args, kwargs))
+    args, kwargs = compat.tree_map(lambda a: a.clone() if isinstance(a, torch.Tensor) else copy.copy(a), (args, kwargs))
     with torch.no_grad():
-        return [leaf for leaf in pytree.tree_leaves(fn(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+        return [leaf for leaf in compat.tree_leaves(fn(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
 
 
 def _difference(

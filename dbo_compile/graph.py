@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -120,7 +121,8 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
-    return path.replace("L['self'].", "").replace("L['self']", "").replace("['", ".").replace("']", "").strip(".")
+    inside = re.sub(r"^L\['\w+'\]\.?", "", path)  # what Dynamo calls the model depends on how it was called
+    return re.sub(r"\.?_modules\['(\w+)'\]|\['?(\w+)'?\]", r".\1\2", inside).strip(".")
 
 
 def source_line(node: fx.Node) -> str:

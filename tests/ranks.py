@@ -47,6 +47,10 @@ class Ranks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for _, connection in self._ranks:
+            connection.close()
+        for process, _ in self._ranks:
+            process.join(5.0)
         self.kill()
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -77,24 +81,25 @@ class Ranks:
         question = pickle.dumps((fn, args))
         for _, connection in self._ranks:
             connection.send_bytes(question)
-        answers = self._collect(time.monotonic() + timeout, timeout)
+        answers = self._collect(timeout)
         if errors := [f"rank {i}: {a.error}" for i, a in enumerate(answers) if a.error is not None]:
             self.kill()
             raise RankFailed("\n".join(errors))
         return [a.value for a in answers]
 
-    def _collect(self, deadline: float, timeout: float) -> list[Answer]:
+    def _collect(self, timeout: float) -> list[Answer]:
         """Collect an answer from each rank; after one error the others, which may wait for that rank, get a second."""
+        deadline, silence = time.monotonic() + timeout, f"no answer in {timeout} s"
         answers: dict[int, Answer] = {}
         while len(answers) < self.num_ranks:
             asked = {c: i for i, (_, c) in enumerate(self._ranks) if i not in answers}
             ready = multiprocessing.connection.wait(list(asked), max(0.0, deadline - time.monotonic()))
             if not ready:
-                return [answers.get(i, Answer(None, f"no answer in {timeout} s")) for i in range(self.num_ranks)]
+                return [answers.get(i, Answer(None, silence)) for i in range(self.num_ranks)]
             for connection in ready:
                 answers[asked[connection]] = answer = _receive(connection)
                 if answer.error is not None:
-                    deadline = min(deadline, time.monotonic() + 1.0)
+                    deadline, silence = min(deadline, time.monotonic() + 1.0), "did not end either"
         return [answers[i] for i in range(self.num_ranks)]
 
 
@@ -123,7 +128,7 @@ def _serve(connection: Connection, store: Path, rank: int, num_ranks: int) -> No
             fn, args = pickle.loads(question)
             answer = pickle.dumps(Answer(fn(*args), None))
         except Exception:
-            answer = pickle.dumps(Answer(None, traceback.format_exc()))
+            answer = pickle.dumps(Answer(None, traceback.format_exc().rstrip()))
         connection.send_bytes(answer)
 
 

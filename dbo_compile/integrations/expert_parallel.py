@@ -8,9 +8,12 @@ that no routing can exceed and never leaves the device. Both call their collecti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
+
+import_module("torch.distributed.tensor")  # for its effect: functional collectives become differentiable
 
 c10d = torch.ops._c10d_functional
 Experts = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -41,21 +44,22 @@ def exchange_exact(
     """
     num_ranks = _num_ranks(group)
     _check_arguments(hidden, top_k_index, top_k_weights, num_experts, num_ranks)
+    num_local = num_experts // num_ranks
     routes = top_k_index.reshape(-1).long()
     sent = routes.new_zeros(num_experts).scatter_add(0, routes, torch.ones_like(routes))
-    arriving = _start(sent, group)
+    arriving = _start(sent, group, [num_local] * num_ranks, [num_local] * num_ranks)
     # Experts are numbered rank by rank, so sorting by expert sorts by rank. The counts travel meanwhile.
     order = torch.argsort(routes)
     rows = hidden[order // top_k_index.size(1)]
     received = _wait(arriving)
     send_sizes, receive_sizes = _read_sizes(sent, received, num_ranks)
     # `received` counts by (rank, local expert), the order in which rows arrive: no expert numbers need to travel.
-    arrived_for = torch.repeat_interleave(received, output_size=sum(receive_sizes)) % (num_experts // num_ranks)
+    arrived_for = torch.repeat_interleave(received, output_size=sum(receive_sizes)) % num_local
     rows = _wait(_start(rows, group, receive_sizes, send_sizes))
     rows = _wait(_start(experts(rows, arrived_for), group, send_sizes, receive_sizes))
     place = torch.empty_like(order)
     place[order] = torch.arange(order.size(0), device=order.device)
-    return _combine(rows[place].view(*top_k_index.shape, -1), top_k_weights, hidden.dtype)
+    return _combine(rows[place].view(*top_k_index.shape, rows.size(1)), top_k_weights, hidden.dtype)
 
 
 def exchange_static(
@@ -77,20 +81,20 @@ def exchange_static(
     """
     num_ranks = _num_ranks(group)
     _check_arguments(hidden, top_k_index, top_k_weights, num_experts, num_ranks)
-    num_local, top_k = num_experts // num_ranks, top_k_index.size(1)
+    num_local = num_experts // num_ranks
+    per_rank, one_each = min(top_k_index.size(1), num_local), [1] * num_ranks
     # The token dim stays a dim of its own beside the exchanged one, and outermost in the rows that the experts see:
     # the exchange of a slice of the tokens is that slice of the exchange.
-    grid = (num_ranks, -1, min(top_k, num_local))
     cell = _cells(top_k_index.long(), num_local)
-    empty = cell.new_full((cell.size(0), num_ranks * grid[2]), num_local)
-    wanted = empty.scatter(1, cell, top_k_index.long() % num_local).view(-1, num_ranks, grid[2])
-    arriving_for = _start(wanted.transpose(0, 1), group)
-    arriving = _start(hidden[None, :, None].expand(*grid, -1), group)
+    empty = cell.new_full((cell.size(0), num_ranks * per_rank), num_local)
+    wanted = empty.scatter(1, cell, top_k_index.long() % num_local).view(-1, num_ranks, per_rank)
+    arriving_for = _start(wanted.transpose(0, 1), group, one_each, one_each)
+    arriving = _start(hidden.unsqueeze(1).expand(num_ranks, -1, per_rank, -1), group, one_each, one_each)
     arrived_for = _wait(arriving_for).transpose(0, 1).reshape(-1)
     rows = experts(_wait(arriving).transpose(0, 1).reshape(-1, hidden.size(1)), arrived_for)
-    rows = rows.view(-1, num_ranks, grid[2], rows.size(1)).transpose(0, 1)
-    rows = _wait(_start(rows, group)).transpose(0, 1).flatten(1, 2)
-    rows = rows.gather(1, cell.unsqueeze(-1).expand(-1, -1, rows.size(-1)))
+    rows = rows.view(-1, num_ranks, per_rank, rows.size(1)).transpose(0, 1)
+    rows = _wait(_start(rows, group, one_each, one_each)).transpose(0, 1).flatten(1, 2)
+    rows = rows.gather(1, cell.unsqueeze(2).expand(-1, -1, rows.size(2)))
     return _combine(rows, top_k_weights, hidden.dtype)
 
 
@@ -118,17 +122,12 @@ def _read_sizes(sent: torch.Tensor, received: torch.Tensor, num_ranks: int) -> t
 
 
 def _start(
-    tensor: torch.Tensor,
-    group: dist.ProcessGroup,
-    receive_sizes: Sequence[int] | None = None,
-    send_sizes: Sequence[int] | None = None,
+    tensor: torch.Tensor, group: dist.ProcessGroup, receive_sizes: Sequence[int], send_sizes: Sequence[int]
 ) -> torch.Tensor:
-    """Start an all-to-all over dim 0, in equal parts unless sizes are given; the result is not there before `_wait`.
+    """Start an all-to-all over dim 0; its result is not there before `_wait`.
 
-    The ops themselves, since torch.distributed's wrapper of them waits at once when traced: a second wait would follow.
+    Calls the op itself: torch.distributed's wrapper of it waits at once when traced, and `_wait` would wait again.
     """
-    equal = [tensor.size(0) // group.size()] * group.size()
-    send_sizes, receive_sizes = send_sizes or equal, receive_sizes or equal
     pending: torch.Tensor = c10d.all_to_all_single(tensor.contiguous(), receive_sizes, send_sizes, group.group_name)
     return pending
 
@@ -143,8 +142,8 @@ def _num_ranks(group: dist.ProcessGroup) -> int:
         return len(dist.get_process_group_ranks(group))
     except KeyError as e:
         raise RuntimeError(
-            "the process group of the experts does not exist any more; it was destroyed, so make a new one and shard "
-            "the experts over it again"
+            "the group of the experts is none of this rank's process groups: it was destroyed, or this rank is not in "
+            "it; make a group that lives as long as the model, and shard the experts over that"
         ) from e
 
 

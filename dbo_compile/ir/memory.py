@@ -56,7 +56,9 @@ def last_uses(instrs: Sequence[Instr], segments: Mapping[str, Segment]) -> dict[
     for at, instr in enumerate(instrs):
         base.update(bases(instr, segments))
         for reg in (*makes(instr), *reads(instr)):
-            uses.setdefault(reg, {})[lane_of(instr)] = at
+            last = uses.setdefault(reg, {})
+            if not isinstance(instr, Begin | Rows):  # what they make is there before either lane begins
+                last[lane_of(instr)] = at
     for reg in reversed(uses):  # in the order of making, so what shares memory comes after what it is shared with
         if reg in base:
             over = uses[base[reg]]

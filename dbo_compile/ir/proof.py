@@ -117,16 +117,26 @@ class _Steps:
         self.expected = {step: None for segment in program.segments.values() for step in self._all(segment)}
         self.played: set[Step] = set()
         self.history = History(program.segments)
+        self.joins: dict[Reg, tuple[int, Join]] = {}
         self.wrote: dict[tuple[str, Reg], int] = {}
 
     def check(self, at: int, instr: Instr) -> None:
+        self._check_copies(instr)
         self.history.add(instr, at)
+        if isinstance(instr, Join):
+            self.joins[instr.out] = (at, instr)
         if isinstance(instr, Run):
             self._run(instr)
         if isinstance(instr, End):
             for step in self.expected:
                 if step not in self.played:
                     raise InvalidProgram(f"comes before {step} is played; expected every step once")
+
+    def _check_copies(self, instr: Instr) -> None:
+        for at, join in (self.joins[reg] for reg in reads(instr) if reg in self.joins):
+            for after in self.history.before(join):
+                if after.at > at:
+                    raise InvalidProgram(f"reads {join.out}, a copy from before its rows were written; expected a new join")
 
     def _run(self, run: Run) -> None:
         step = Step(run.segment, run.microbatch)

@@ -228,10 +228,9 @@ class _Cutter:
 
 def is_heavy(node: fx.Node) -> bool:
     """Whether the time of an op counts: products, attention, sorting, and every op that is not PyTorch's own."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    is_attention = "scaled_dot_product" in node.target.name()
-    return is_attention or node.target in HEAVY or node.target.namespace not in ("aten", "prims", "_c10d_functional")
+    namespace, _, op = str(node.target).partition(".")
+    is_own = namespace in ("aten", "prims", "_c10d_functional") or node.target is operator.getitem
+    return node.op == "call_function" and (not is_own or node.target in HEAVY or "scaled_dot_product" in op)
 
 
 def _is_host(node: fx.Node) -> bool:

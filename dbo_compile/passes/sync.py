@@ -63,10 +63,9 @@ def _event(instr: Instr) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """The lane that owns a register, and the last use of its memory on that lane and on the other one."""
+    """The lane that made a register, and the last use of its memory on the other one."""
 
     owner: Lane
-    own: int
     other: int
 
 
@@ -80,9 +79,9 @@ class _Lifetimes:
         self.waiting: dict[Lane, list[tuple[int, int, Reg]]] = {lane: [] for lane in Lane}
         owner = {r: lane_of(i) for i in instrs if not isinstance(i, Rows) for r in makes(i)}
         for reg, last in last_uses(instrs, segments).items():
-            if reg in owner and last[owner[reg]] < len(instrs) - 1:
-                self.use[reg] = _Use(owner[reg], last[owner[reg]], last.get(OTHER[owner[reg]], -1))
-                self.ending.setdefault(last[owner[reg]], []).append(reg)
+            if reg in owner and last.get(owner[reg], 0) < len(instrs) - 1:
+                self.use[reg] = _Use(owner[reg], last.get(OTHER[owner[reg]], -1))
+                self.ending.setdefault(last.get(owner[reg], 0), []).append(reg)
 
     def wait(self, lane: Lane, at: int) -> Iterator[Free]:
         """What may be freed when `lane` has waited for instruction `at` of the other lane."""

@@ -30,7 +30,7 @@ def races(program):
     """All pairs of instructions that must be ordered by the lanes and are not; None if a register is not there."""
     instrs, segments, n = program.instrs, program.segments, program.num_microbatches
     before = happens_before(instrs)
-    atoms, base, accesses, uses = {}, {}, [], {}
+    atoms, base, made, accesses, uses, found = {}, {}, {}, [], {}, []
     for at, instr in enumerate(instrs):
         if any(reg not in atoms for reg in reads(instr)):
             return None
@@ -44,14 +44,16 @@ def races(program):
             atoms[reg] = atoms[base[reg]] if reg in base else {(reg, m) for m in range(n)}
             if isinstance(instr, Slice):
                 atoms[reg] = {(root, m) for root, m in atoms[reg] if m == instr.microbatch}
-        written = [*(instr.writes if isinstance(instr, Run) else ()), *(() if isinstance(instr, Slice) else makes(instr))]
+        read = () if isinstance(instr, Slice) else reads(instr)
+        written = [*(instr.writes if isinstance(instr, Run) else ()), *(reg for reg in makes(instr) if reg not in base)]
+        found += [(made[reg], at) for reg in reads(instr) if reg in made and not before[at] >> made[reg] & 1]
         if not isinstance(instr, Begin | Rows):
-            accesses.append((at, set().union(*map(atoms.get, written)), set().union(*map(atoms.get, reads(instr)))))
+            made.update(dict.fromkeys(makes(instr), at))
+            accesses.append((at, set().union(*map(atoms.get, written)), set().union(*map(atoms.get, read))))
         for reg in {*reads(instr), *makes(instr)}:
             while reg is not None:
                 uses.setdefault(reg, []).append(at)
                 reg = base.get(reg)
-    found = []
     for i, (p, p_writes, p_reads) in enumerate(accesses):
         for q, q_writes, q_reads in accesses[i + 1 :]:
             if (p_writes & (q_writes | q_reads) or p_reads & q_writes) and not before[q] >> p & 1:

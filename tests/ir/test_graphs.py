@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbo_compile.errors import InvalidProgram
 from dbo_compile.ir.proof import verify_program
 from dbo_compile.ir.schedule import ROWS, START, Lane, Segment
 from dbo_compile.ir.tokens import Local, Placement, Shared, Split
@@ -91,6 +92,28 @@ def test_random_graphs_are_proven_and_right_under_every_policy(graph, n, policy,
     verify_program(program)
     assert races(program) == []
     assert evaluate(program, graph.places) == reference(graph.segments, graph.places, graph.inputs, outputs, n)
+
+
+@settings(max_examples=150, deadline=None)
+@given(graphs(), st.integers(1, 3), st.sampled_from(list(POLICIES)), st.randoms(use_true_random=False))
+def test_whatever_slip_in_a_random_program_is_accepted_is_harmless(graph, n, policy, random):
+    schedule = order(graph.segments, n, policy, threaded=frozenset(graph.threaded))
+    outputs = tuple(v for v in graph.readable(per_microbatch=False) if v not in {"x", "w"})
+    program = program_of(schedule, graph.places, graph.inputs, outputs)
+    expected = evaluate(program, graph.places)
+    for _ in range(20):
+        instrs = list(program.instrs)
+        for _ in range(random.randint(1, 2)):
+            instr = instrs.pop(random.randrange(len(instrs)))
+            if random.random() < 0.8:
+                instrs.insert(random.randrange(len(instrs) + 1), instr)
+        mutant = replace(program, instrs=tuple(instrs))
+        try:
+            verify_program(mutant)
+        except InvalidProgram:
+            continue
+        assert races(mutant) == [], str(mutant)
+        assert evaluate(mutant, graph.places) == expected, str(mutant)
 
 
 def test_the_oracle_agrees_on_a_real_stack():
