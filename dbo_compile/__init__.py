@@ -1,7 +1,7 @@
 """dbo-compile: dual-batch overlap for any PyTorch model, as a `torch.compile` backend.
 
-`torch.compile(model, backend="dbo")` splits the tokens of a step into two microbatches and plays the communication of one
-under the compute of the other.
+`torch.compile(model, backend="dbo")` splits the tokens of a step into two microbatches and plays the communication
+of one under the compute of the other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 """`python -m dbo_compile`."""
+from __future__ import annotations
 
 import sys
 

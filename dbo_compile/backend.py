@@ -15,9 +15,9 @@ from dbo_compile import graph as g
 from dbo_compile.config import Config
 from dbo_compile.errors import NotSplit
 from dbo_compile.ir.program import Program, Run
+from dbo_compile.ir.proof import verify_program
 from dbo_compile.ir.schedule import Schedule, Step
 from dbo_compile.ir.tokens import TOKENS, TokenMap
-from dbo_compile.ir.proof import verify_program
 from dbo_compile.ir.verify import verify_schedule
 from dbo_compile.log import logger, setup_from_environment
 from dbo_compile.passes.analyze import analyze
@@ -74,6 +74,7 @@ def _split(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) ->
 def compile_graph(gm: fx.GraphModule, tokens: Sequence[capture.TokenTensor], config: Config) -> Engine:
     """Every level of an ATen graph, top to bottom, and at the end the engine that plays it."""
     whole = fx.GraphModule(gm, copy.copy(gm.graph))
+    _refuse_sizes_from_data(gm.graph)
     compat.reinplace(gm)
     inputs = g.inputs(gm.graph)
     position = compat.argument_positions(inputs)
@@ -98,7 +99,7 @@ def compile_graph(gm: fx.GraphModule, tokens: Sequence[capture.TokenTensor], con
         modules,
         list(dict.fromkeys(guards)),
         [TokenInput(position[t.index], t.dim, t.name) for t in tokens],
-        {s: i for i, n in enumerate(inputs) if g.is_symbolic_number(n) and (s := g.expression(g.value(n))) not in symbols},
+        {s: i for s, i in g.symbol_inputs(gm.graph).items() if s not in symbols},
         whole.forward,
         num_microbatches=config.num_microbatches,
         min_tokens=config.min_tokens,
@@ -108,6 +109,14 @@ def compile_graph(gm: fx.GraphModule, tokens: Sequence[capture.TokenTensor], con
     levels = Levels(gm.graph, placed, segments, schedules[n], programs[n], modules[n], cost)
     add_report(Report(levels=levels, engine=engine))
     return engine
+
+
+def _refuse_sizes_from_data(graph: fx.Graph) -> None:
+    """Only numbers read by `.item()` or `.tolist()` may become sizes; `nonzero` and its like are not split yet."""
+    for node in g.body(graph):
+        if g.unbacked_bindings(node) and not g.is_symbolic_number(node):
+            where = g.source_line(node)
+            raise NotSplit(f"the size of the result of {node.target} depends on its data ({where})")
 
 
 def make_schedule(

@@ -1,11 +1,11 @@
-"""The only file that meets torch's private APIs. Each function here is tried on every supported torch (2.11 to 2.13)."""
+"""The only file that meets torch's private APIs. Each function is tried on every supported torch, 2.11 to 2.13."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from inspect import signature
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import sympy
 import torch
@@ -23,11 +23,13 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_passes.post_grad import decompose_auto_functionalized
 from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
 from torch._inductor.fx_utils import FakeTensorUpdater
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -99,7 +101,7 @@ def to_aten(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: Callabl
         list(example_inputs),
         fw_compiler=boxed,
         inference_compiler=boxed,
-        decompositions=get_decompositions([aten.index_copy]),
+        decompositions=dict(get_decompositions([aten.index_copy])),  # type: ignore[arg-type]
         keep_inference_input_mutations=True,
     )
     return compiled
@@ -115,7 +117,9 @@ def argument_positions(placeholders: Sequence[fx.Node]) -> dict[int, int]:
 def reinplace(gm: fx.GraphModule) -> None:
     """Turn functional updates of graph inputs back into updates in place, on the whole graph, before it is cut."""
     takes_module = "gm" in signature(FakeTensorUpdater).parameters  # torch 2.11 takes the graph
-    reinplace_inplaceable_ops(FakeTensorUpdater(gm if takes_module else gm.graph), gm.graph)
+    updater = FakeTensorUpdater(gm if takes_module else gm.graph)  # type: ignore[arg-type]
+    with V.set_fake_mode(TracingContext.get().fake_mode):
+        reinplace_inplaceable_ops(updater, gm.graph)
     decompose_auto_functionalized(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.recompile()
@@ -123,8 +127,7 @@ def reinplace(gm: fx.GraphModule) -> None:
 
 def whole_graph_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
     """What the user would have without us: the Dynamo graph, compiled by Inductor."""
-    compiled: Compiled = compile_fx(gm, list(example_inputs))
-    return compiled
+    return cast("Compiled", compile_fx(gm, list(example_inputs)))
 
 
 class SegmentShapes:
@@ -185,8 +188,7 @@ def segment_inductor(gm: fx.GraphModule, inputs: Sequence[Any], shapes: SegmentS
     for placeholder, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         placeholder.meta["val"] = value  # torch 2.11 leaves the value of a symbolic placeholder stale
     with tracing(TracingContext(shapes.mode)):
-        compiled: Compiled = compile_fx(gm, list(inputs))
-    return compiled
+        return cast("Compiled", compile_fx(gm, list(inputs)))
 
 
 # -- symbols ----------------------------------------------------------------------------------------------------------
@@ -207,4 +209,4 @@ def evaluate(expr: sympy.Expr, values: Mapping[sympy.Symbol, Any]) -> Any:
 
 def process_group(name: Any) -> Any:
     """The process group that a functional collective names (torch 2.13 also allows the group itself)."""
-    return _resolve_process_group(name) if isinstance(name, str) else name
+    return _resolve_process_group(cast("Any", name)) if isinstance(name, str) else name

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def demo(folder: Path) -> int:
     say("Compiling takes about a minute the first time ...")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
     try:
-        mp.spawn(_rank, args=(folder,), nprocs=WORLD_SIZE)  # type: ignore[no-untyped-call]
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        mp.start_processes(_rank, (folder,), WORLD_SIZE, start_method="spawn")  # type: ignore[attr-defined,no-untyped-call]
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:  # type: ignore[attr-defined]
         say(f"\nThe demo failed.\n{error}")
         return 1
     say(f"\nWritten to {folder.resolve()}, a folder for each rank: every level from placements to the rewritten")
@@ -99,7 +100,7 @@ def _show(rank: int, folder: Path) -> list[str]:
         logits = split(ids).logits
         report = reports()[-1]
         variants = {"eager": model, "Inductor": whole, "dbo": split}
-        times = _medians({name: lambda fn=fn: fn(ids) for name, fn in variants.items()})
+        times = _medians({name: partial(fn, ids) for name, fn in variants.items()})
     with measured() as timelines:
         split(ids)
     difference = (logits - alone).abs().max().item() / alone.abs().max().item()
@@ -111,7 +112,8 @@ def _show(rank: int, folder: Path) -> list[str]:
 
 def _model() -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**CONFIG)).eval()
+    model: Any = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**CONFIG))  # type: ignore[no-untyped-call]
+    return model.eval()
 
 
 def _medians(variants: Mapping[str, Callable[[], Any]]) -> dict[str, float]:

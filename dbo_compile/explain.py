@@ -96,13 +96,13 @@ def verify(
         split = _run(_compiled(model, {**(options or {}), "split": "always"}), args, kwargs)
         diff, equal = _difference(split, unsplit, atol, rtol)
         eager_diff, _ = _difference(split, eager, atol, rtol)
-    except Exception as error:  # noqa: BLE001  a check that raises would be one more thing to guard against
+    except Exception as error:  # a check that raises is one more thing to guard
         return Verification(False, float("nan"), float("nan"), split=False, error=f"{type(error).__name__}: {error}")
     return Verification(equal, diff, eager_diff, split=any(r.calls_split for r in reports()[before:]))
 
 
 def _compiled(model: Any, options: dict[str, Any]) -> Callable[..., Any]:
-    """`model` compiled afresh, beside whatever the user has compiled: Dynamo caches by code object, so this has its own."""
+    """`model` compiled afresh, beside what the user has compiled: Dynamo caches by code object."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)

@@ -39,6 +39,11 @@ def is_symbolic_number(node: fx.Node) -> bool:
     return isinstance(value(node), torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
+def symbol_inputs(graph: fx.Graph) -> dict[sympy.Symbol, int]:
+    """The inputs that are symbolic numbers: which argument holds each symbol."""
+    return {expression(value(n)): i for i, n in enumerate(inputs(graph)) if is_symbolic_number(n)}
+
+
 def map_nodes(args: Any, fn: Callable[[fx.Node], Any]) -> Any:
     return fx.node.map_aggregate(args, lambda a: fn(a) if isinstance(a, fx.Node) else a)
 
@@ -82,7 +87,7 @@ def shares_input(node: fx.Node) -> bool:
 
 
 def is_dense(val: torch.Tensor) -> bool:
-    """Whether a tensor fills its memory without gaps or repeats, in whatever order of dims. Asks the hints: no guards."""
+    """Whether a tensor fills its memory without gaps or repeats, in any order of dims. Asks hints: no guards."""
     dims = sorted((_hint(stride), _hint(size)) for size, stride in zip(val.shape, val.stride(), strict=True))
     expected = 1
     for stride, size in dims:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import fx
@@ -14,11 +15,12 @@ from dbo_compile.ir.schedule import Lane, Step
 from dbo_compile.report import reports
 from dbo_compile.runtime.clock import Interval, Timeline
 from dbo_compile.runtime.collectives import Pending
+from dbo_compile.runtime.engine import played
 from dbo_compile.runtime.lanes import WorkLanes
 
 
 @contextmanager
-def measured() -> Iterator[list[Timeline]]:
+def measured() -> Generator[list[Timeline]]:
     """Time every call of every split graph inside the block: one `Timeline` a call, in seconds since its start.
 
     A collective lasts from its start until its process group says it is done; the next one on the lane begins where
@@ -27,18 +29,18 @@ def measured() -> Iterator[list[Timeline]]:
     timelines: list[Timeline] = []
     engines = [r.engine for r in reports() if r.engine is not None]
     for engine in engines:
-        engine.player = lambda module, rows, args: _timed(module, rows, args, timelines)
+        engine.player = partial(_timed, timelines)
     try:
         yield timelines
     finally:
         for engine in engines:
-            del engine.player
+            engine.player = played
 
 
-def _timed(module: fx.GraphModule, rows: Sequence[int], args: Sequence[Any], timelines: list[Timeline]) -> Any:
+def _timed(timelines: list[Timeline], module: Any, rows: Sequence[int], args: Sequence[Any]) -> tuple[Any, ...]:
     lanes = _TimedLanes(rows)
     try:
-        results = _Interpreter(module, lanes).run(lanes, *args)
+        results: tuple[Any, ...] = _Interpreter(module, lanes).run(lanes, *args)
     finally:
         lanes.finish()
     timelines.append(lanes.timeline())
@@ -115,4 +117,3 @@ class _Interpreter(fx.Interpreter):
         span.end = self.lanes.now()
         self.lanes.compute.append(span)
         return result
-

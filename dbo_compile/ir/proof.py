@@ -136,7 +136,7 @@ class _Steps:
         for at, join in (self.joins[reg] for reg in reads(instr) if reg in self.joins):
             for after in self.history.before(join):
                 if after.at > at:
-                    raise InvalidProgram(f"reads {join.out}, a copy from before its rows were written; expected a new join")
+                    raise InvalidProgram(f"reads {join.out}, joined before its rows were written; expected a new join")
 
     def _run(self, run: Run) -> None:
         step = Step(run.segment, run.microbatch)

@@ -1,13 +1,14 @@
 """Placement analysis: ATen graph to `TokenMap`, one walk over the graph, asking one rule per op.
 
 An op whose rule refuses becomes a barrier: played once on all tokens. Rows in an order of their own (`Local`) cannot be
-joined for it, so the ops that arranged them are played once as well, and the graph is walked again. Never changes the graph.
+joined for it, so the ops that arranged them are played once as well, and the graph is walked again. Never changes
+the graph.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from dbo_compile.ir.tokens import (
     Value,
 )
 from dbo_compile.rules import RULES
+from dbo_compile.rules.registry import Rule
 
 aten = torch.ops.aten
 # Checks on numbers: they have no result, and each microbatch makes them on its own numbers.
@@ -101,7 +103,7 @@ class _Walk:
             return self._number_place(node)
         if all(isinstance(p, Shared) for n in node.all_input_nodes for p in _flat(self.places[n])):
             return Shared()
-        if g.has_tag(node, torch.Tag.nondeterministic_seeded):
+        if draws_random_numbers(node):
             raise CannotSplit("it draws random numbers: their order would depend on the split")
         return self._apply_rule(node)
 
@@ -172,6 +174,11 @@ class _Walk:
             seen.update(before)
 
 
+def draws_random_numbers(node: fx.Node) -> bool:
+    """By its tag; an op that may or may not (attention with dropout) has a rule, which refuses where it does."""
+    return g.has_tag(node, torch.Tag.nondeterministic_seeded) and node.target not in RULES
+
+
 def _flat(place: Placement | tuple[Placement, ...]) -> tuple[Placement, ...]:
     return place if isinstance(place, tuple) else (place,)
 
@@ -185,7 +192,7 @@ def _counts_tokens(size: sympy.Expr) -> bool:
     return bool(size.has(TOKENS)) and not (size / TOKENS).has(TOKENS)
 
 
-def _rule_of(node: fx.Node) -> Callable[..., Any]:
+def _rule_of(node: fx.Node) -> Rule:
     if node.target not in RULES:
         raise CannotSplit(f"{node.target} has no placement rule; teach it one with dbo_compile.register_rule")
     return RULES[node.target]

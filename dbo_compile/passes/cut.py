@@ -19,7 +19,7 @@ from torch import fx
 
 from dbo_compile import graph as g
 from dbo_compile.ir.tokens import Shared, Split, TokenMap
-from dbo_compile.passes.analyze import CHECKS
+from dbo_compile.passes.analyze import CHECKS, draws_random_numbers
 from dbo_compile.rules.collectives import comm_op, is_wait
 
 aten = torch.ops.aten
@@ -97,7 +97,7 @@ class _Cutter:
         keyed: dict[tuple[object, ...], list[fx.Node]] = defaultdict(list)
         for node in self.nodes:
             mode = self.mode[node]
-            alone = self.index[_collective_of(node)] if mode.kind is Kind.COMM else -1
+            alone = self.index[_maker(node)] if mode.kind is Kind.COMM else -1
             keyed[level[node], alone, mode, feeds[node]].append(node)
         first = {key: (key[0], not key[3], self.index[nodes[0]]) for key, nodes in keyed.items()}
         return [self._group(keyed[key]) for key in sorted(keyed, key=first.__getitem__)]
@@ -119,8 +119,7 @@ class _Cutter:
         leaves layers that differ only in which weight they read the same code."""
         if node.op == "get_attr":
             return True
-        is_random = g.has_tag(node, torch.Tag.nondeterministic_seeded)
-        if is_random or node in self.tokens.barriers or not isinstance(self.tokens.places[node], Shared):
+        if draws_random_numbers(node) or node in self.tokens.barriers or not isinstance(self.tokens.places[node], Shared):
             return False
         tensors = [n for n in node.all_input_nodes if not g.is_symbolic_number(n)]
         if not tensors or g.written(node):
@@ -163,7 +162,7 @@ class _Cutter:
                 r for n in self._tensors_read(node) if (r := g.base(n)) in self.changing
             )
             writes: set[fx.Node | str] = {g.base(n) for n in g.written(node)}
-            if g.has_tag(node, torch.Tag.nondeterministic_seeded):
+            if draws_random_numbers(node):
                 roots["rng"] = None
                 writes.add("rng")
             before = [writer[r] for r in roots if r in writer]
@@ -198,7 +197,7 @@ class _Cutter:
 
     def _is_border(self, before: fx.Node, node: fx.Node) -> bool:
         if self.mode[before].kind is Kind.COMM:
-            return _collective_of(before) is not _collective_of(node)
+            return _maker(before) is not _maker(node)
         return self.mode[before] != self.mode[node]
 
     def _sink(self, level: dict[fx.Node, int]) -> None:
@@ -223,7 +222,8 @@ class _Cutter:
             feeds[node] = ends or any(
                 self.mode[u] != self.mode[node] or (level[u] == level[node] and feeds[u]) for u in self.users[node]
             )
-        return feeds
+        # The parts of a result, and the wait for a collective, stay with the op that they belong to.
+        return {node: feeds[_maker(node)] for node in self.nodes}
 
 
 def is_heavy(node: fx.Node) -> bool:
@@ -234,22 +234,18 @@ def is_heavy(node: fx.Node) -> bool:
 
 
 def _is_host(node: fx.Node) -> bool:
-    return (
-        node.target is aten._local_scalar_dense.default
-        or node.target in CHECKS
-        or g.has_tag(node, torch.Tag.dynamic_output_shape)
-    )
+    return node.target is aten._local_scalar_dense.default or node.target in CHECKS
 
 
-def _collective_of(node: fx.Node) -> fx.Node:
-    """The collective that a node belongs to: itself, or what it waits for."""
+def _maker(node: fx.Node) -> fx.Node:
+    """The op that a node belongs to: itself, or the one whose result it takes a part of, or waits for."""
     while node.target is operator.getitem or is_wait(node.target):
         node = node.args[0]  # type: ignore[assignment]
     return node
 
 
 def unsplit_writes(group: Group, tokens: TokenMap) -> bool:
-    """Whether a group played per microbatch writes in place what all tokens share: its microbatches keep their order."""
+    """Whether a group played per microbatch writes what all tokens share: its microbatches keep their order."""
     targets = [n for m in group.nodes for n in g.written(m)]
     return group.mode.per_microbatch and any(not isinstance(tokens.places[n], Split) for n in targets)
 

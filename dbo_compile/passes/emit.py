@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dbo_compile.ir.program import Begin, End, Free, Instr, Join, Program, Record, Reg, Rows, Run, Slice, Wait
+from dbo_compile.ir.program import Begin, End, Free, Instr, Join, Program, Record, Reg, Rows, Run, Slice, Wait, lane_of
 from dbo_compile.ir.schedule import Lane, Step
 
 
@@ -48,30 +48,33 @@ class _Emitter:
 
     def add(self, instr: Instr) -> None:
         match instr:
-            case Begin(outs):
-                for reg in outs:
+            case Begin():
+                for reg in instr.outs:
                     self._set(reg, self.graph.placeholder(_name(reg)))
-            case Rows(microbatch, outs):
-                self._set_all(outs, self._call("rows", microbatch))
-            case Slice(src, dim, microbatch, out):
-                self._switch(Lane.COMPUTE)
-                how = "view" if out in self.written else "slice"
-                self._set(out, self._call(how, self.regs[src], dim, microbatch, name=_name(out)))
-            case Join(srcs, dim, out):
-                self._switch(Lane.COMPUTE)
-                self._set(out, self._call("join", [self.regs[r] for r in srcs], dim, name=_name(out)))
-            case Run():
-                self._run(instr)
-            case Record(lane, event):
-                self._call("record", event, lane.value, name="record")
-            case Wait(lane, event):
-                self._call("wait", event, lane.value, name="wait")
-            case Free(regs):
-                self._call("free", *(self.regs[r] for r in regs), name="free")
-                for reg in regs:
+            case Rows():
+                self._set_all(instr.outs, self._call("rows", instr.microbatch))
+            case Slice() | Join() | Run():
+                self._switch(lane_of(instr))
+                self._make(instr)
+            case Record() | Wait():
+                method = "record" if isinstance(instr, Record) else "wait"
+                self._call(method, instr.event, instr.lane.value, name=method)
+            case Free():
+                self._call("free", *(self.regs[r] for r in instr.regs), name="free")
+                for reg in instr.regs:
                     del self.live[reg]
             case End():
                 self._switch(Lane.COMPUTE)
+
+    def _make(self, instr: Slice | Join | Run) -> None:
+        match instr:
+            case Slice(src, dim, microbatch, out):
+                how = "view" if out in self.written else "slice"
+                self._set(out, self._call(how, self.regs[src], dim, microbatch, name=_name(out)))
+            case Join(srcs, dim, out):
+                self._set(out, self._call("join", [self.regs[r] for r in srcs], dim, name=_name(out)))
+            case Run():
+                self._run(instr)
 
     def end(self, results: Sequence[Any]) -> None:
         """Keep to the end what the program has not freed, then return."""
@@ -81,7 +84,6 @@ class _Emitter:
         self.graph.output(tuple(self.regs[r] if isinstance(r, str) else r for r in results))
 
     def _run(self, run: Run) -> None:
-        self._switch(run.lane)
         segment = self.program.segments[run.segment]
         first = (self.lanes,) if run.lane is Lane.COMM else ()
         step = Step(run.segment, run.microbatch)

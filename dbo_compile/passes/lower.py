@@ -5,6 +5,7 @@ Takes a valid schedule and the placement of every value. Decides nothing about l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from dbo_compile.errors import InvalidSchedule
@@ -39,6 +40,7 @@ class _Lowering:
         self.instrs: list[Instr] = []
         self.made: set[Reg] = set()
         self.joined: dict[str, Reg] = {}
+        self.num_joins: Counter[str] = Counter()
         self.root: dict[str, str] = {}
         parts = [s for s in schedule.segments.values() if s.per_microbatch and schedule.num_microbatches > 1]
         self.per_microbatch = {v for s in parts for v in s.outputs}
@@ -96,7 +98,8 @@ class _Lowering:
 
     def _join(self, value: str, dim: int) -> Reg:
         if value not in self.joined:
-            again = sum(isinstance(i, Join) and i.out.split("@")[0] == value for i in self.instrs)
+            again = self.num_joins[value]
+            self.num_joins[value] += 1
             self.joined[value] = f"{value}@{again}" if again else value
             srcs = tuple(f"{value}#{m}" for m in range(self.num_microbatches))
             self.add(Join(srcs, dim, self.joined[value]))

@@ -6,7 +6,8 @@ every rank must issue the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
@@ -110,29 +111,31 @@ def _blocks(task: Task) -> Iterator[tuple[list[str], list[int | None]]]:
 def _longest_path_first(task: Task) -> Iterator[Step]:
     """List scheduling on two lanes: what could start first, and of those what has the longest way to the end."""
     lanes = _Lanes(task)
-    picked: dict[Lane, list[Step]] = {lane: [] for lane in Lane}
-    for _ in task.needs:
-        step = lanes.pick()
-        picked[task.lane(step)].append(step)
-    return _issue_early(task, picked[Lane.COMPUTE], picked[Lane.COMM])
+    return _issue_early(task, [lanes.pick() for _ in task.needs])
 
 
-def _issue_early(task: Task, compute: list[Step], comm: list[Step]) -> Iterator[Step]:
-    """Both lanes' steps in one list, a collective right after the step that made the last thing it needs."""
+def _issue_early(task: Task, steps: Sequence[Step]) -> Iterator[Step]:
+    """`steps` (in the order in which they start) with each collective right after the last step that it needs.
+
+    A read on the host stays where it is: it holds up the thread that issues all the others.
+    """
+    comm = deque((at, step) for at, step in enumerate(steps) if task.lane(step) is Lane.COMM)
     issued: set[Step] = set()
-    at = 0
-    for step in [None, *compute]:
-        if step is not None:
+    for now, step in enumerate(steps):
+        if task.lane(step) is Lane.COMPUTE:
             issued.add(step)
             yield step
-        while at < len(comm) and issued.issuperset(task.needs[comm[at]]):
-            issued.add(comm[at])
-            yield comm[at]
-            at += 1
+        while comm and issued.issuperset(task.needs[comm[0][1]]):
+            at, early = comm[0]
+            if at > now and task.segments[early.segment].host:
+                break
+            comm.popleft()
+            issued.add(early)
+            yield early
 
 
 class _Lanes:
-    """Two lanes on a clock, issued by one host thread that reads of data on the host hold up."""
+    """Two lanes on a clock. A read on the host takes the time of its lane, as it starts when that has nothing else."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -141,7 +144,6 @@ class _Lanes:
         self.users: dict[Step, list[Step]] = {step: [] for step in task.needs}
         self.arrival = dict.fromkeys(task.needs, 0.0)
         self.free = dict.fromkeys(Lane, 0.0)
-        self.issued = 0.0
         self.ready: dict[Lane, list[tuple[tuple[float, int, int], Step]]] = {lane: [] for lane in Lane}
         self.coming: dict[Lane, list[tuple[float, tuple[float, int, int], Step]]] = {lane: [] for lane in Lane}
         for step, needed in task.needs.items():
@@ -151,8 +153,8 @@ class _Lanes:
                 self._come(step)
 
     def pick(self) -> Step:
-        """Take the step that starts next. On a tie the collective: it keeps the other lane free."""
-        _, lane = min(((self._next_start(lane), lane) for lane in (Lane.COMM, Lane.COMPUTE)), key=lambda pair: pair[0])
+        """Take the step that starts next."""
+        lane = min(Lane, key=self._next_start)
         start = self._next_start(lane)
         while self.coming[lane] and self.coming[lane][0][0] <= start:
             _, rank, step = heappop(self.coming[lane])
@@ -162,16 +164,13 @@ class _Lanes:
         return step
 
     def _next_start(self, lane: Lane) -> float:
-        now = max(self.free[lane], self.issued)
         if self.ready[lane]:
-            return now
-        return max(now, self.coming[lane][0][0]) if self.coming[lane] else float("inf")
+            return self.free[lane]
+        return max(self.free[lane], self.coming[lane][0][0]) if self.coming[lane] else float("inf")
 
     def _play(self, step: Step, lane: Lane, start: float) -> None:
         end = start + self.task.cost(step)
         self.free[lane] = end
-        if self.task.segments[step.segment].host:
-            self.issued = end
         for user in self.users[step]:
             self.arrival[user] = max(self.arrival[user], end)
             self.missing[user] -= 1

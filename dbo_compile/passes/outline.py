@@ -7,7 +7,7 @@ microbatch, every size and every layer of the same structure. Never changes the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -117,7 +117,7 @@ def is_made_dense(node: fx.Node) -> bool:
 
 
 def _contiguous(sizes: tuple[sympy.Expr, ...]) -> tuple[sympy.Expr, ...]:
-    return tuple(sympy.prod(sizes[d + 1 :]) for d in range(len(sizes)))
+    return tuple(sympy.Mul(*sizes[d + 1 :]) for d in range(len(sizes)))
 
 
 class _CodeWriter:
@@ -246,7 +246,8 @@ class _Copier:
     def _started(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
         """A collective is handed to the lanes; waiting for it is the program's business, not the code's."""
         if comm_op(node.target):
-            return self.graph.create_node("call_method", "issue", (self.lanes, node.target, *args), kwargs, node.name)
+            called = (self.lanes, cast("Any", node.target), *args)
+            return self.graph.create_node("call_method", "issue", called, kwargs, node.name)
         if is_wait(node.target):
             return cast("fx.Node", args[0])
         return self.graph.create_node(node.op, node.target, args, kwargs, node.name)

@@ -9,7 +9,6 @@ from itertools import count
 from typing import Any
 
 import sympy
-import torch
 from torch import nn
 
 from dbo_compile import compat
@@ -70,6 +69,7 @@ class Engine:
         self.min_tokens = min_tokens
         self.least_rows = least_rows
         self.calls = Calls()
+        self.player = played
         self._plans: dict[tuple[int, ...], tuple[int, ...] | NotSplit] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -91,15 +91,6 @@ class Engine:
     def play(self, rows: Sequence[int], args: Sequence[Any]) -> tuple[Any, ...]:
         """Play the program for `len(rows)` microbatches; microbatch i has `rows[i]` tokens."""
         return self.player(self.programs[len(rows)], rows, args)
-
-    @staticmethod
-    def player(module: Callable[..., Any], rows: Sequence[int], args: Sequence[Any]) -> tuple[Any, ...]:
-        lanes = WorkLanes(rows)
-        try:
-            results: tuple[Any, ...] = module(lanes, *args)
-        finally:
-            lanes.finish()
-        return results
 
     def rows_of(self, num_tokens: int, *others: int) -> tuple[int, ...]:
         """How many tokens each microbatch of a step has; raises `NotSplit` with the reason if it is not split.
@@ -135,9 +126,19 @@ class Engine:
         return [guard for guard in self.guards if not compat.evaluate(guard, values)]
 
 
+def played(module: Callable[..., Any], rows: Sequence[int], args: Sequence[Any]) -> tuple[Any, ...]:
+    """The results of an emitted program on lanes of its own."""
+    lanes = WorkLanes(rows)
+    try:
+        results: tuple[Any, ...] = module(lanes, *args)
+    finally:
+        lanes.finish()
+    return results
+
+
 def _candidates(num_tokens: int, n: int) -> list[tuple[int, ...]]:
     """Splits in n parts, the most even first; then every part but the last grows or shrinks alike."""
-    found = []
+    found: list[tuple[int, ...]] = []
     even = -(-num_tokens // n)
     for shift in count():
         sizes = dict.fromkeys((even - shift, even + shift))
@@ -145,4 +146,3 @@ def _candidates(num_tokens: int, n: int) -> list[tuple[int, ...]]:
             return found
         found += [(*[s] * (n - 1), num_tokens - s * (n - 1)) for s in sizes if num_tokens - s * (n - 1) > 0]
     return found
-

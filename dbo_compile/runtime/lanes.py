@@ -57,7 +57,8 @@ class RowLanes:
 
     def join(self, pieces: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
         """All rows again, in the order of dims that the pieces have."""
-        order = sorted(range(pieces[0].ndim), key=lambda d: -pieces[0].stride(d))
+        strides = pieces[0].stride()
+        order = sorted(range(len(strides)), key=lambda d: -strides[d])
         if order == list(range(pieces[0].ndim)):
             return torch.cat(list(pieces), dim)
         joined = torch.cat([p.permute(order) for p in pieces], order.index(dim))

@@ -29,11 +29,33 @@ COMMON = {
 MLA = {"num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 
 MODELS: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 24},
     "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 8, "intermediate_size": 24},
-    "glm4_moe": {"n_routed_experts": 8, "first_k_dense_replace": 1},
+    "deepseek_v2": {
+        "n_routed_experts": 8,
+        "first_k_dense_replace": 1,
+        "v_head_dim": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "n_shared_experts": 1,
+    }
+    | MLA,
     "deepseek_v3": {"n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "v_head_dim": 8}
     | MLA,
+    "olmoe": {"num_experts": 8, "intermediate_size": 24},
+    "glm4_moe": {"n_routed_experts": 8, "first_k_dense_replace": 1},
+    "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 0},
+    "phimoe": {"num_local_experts": 8, "intermediate_size": 24},
+    "granitemoe": {"num_local_experts": 8, "intermediate_size": 24},
+    "dots1": {
+        "n_routed_experts": 8,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+    },
 }
 """The name of the architecture, and how its config says what `COMMON` does not."""
 

@@ -27,44 +27,65 @@ def happens_before(instrs):
 
 
 def races(program):
-    """All pairs of instructions that must be ordered by the lanes and are not; None if a register is not there."""
-    instrs, segments, n = program.instrs, program.segments, program.num_microbatches
-    before = happens_before(instrs)
-    atoms, base, made, accesses, uses, found = {}, {}, {}, [], {}, []
-    for at, instr in enumerate(instrs):
-        if any(reg not in atoms for reg in reads(instr)):
-            return None
+    """All pairs of instructions that must be ordered by the lanes and are not."""
+    before, base = happens_before(program.instrs), bases(program)
+    pairs = [*conflicts(program, base), *made_and_read(program)]
+    return [(p, q) for p, q in pairs if not before[q] >> p & 1] + early_frees(program, base, before)
+
+
+def bases(program):
+    """For each register that may share the memory of another one, that one."""
+    base = {}
+    for instr in program.instrs:
         if isinstance(instr, Run):
-            s = segments[instr.segment]
+            s = program.segments[instr.segment]
             for out, src in (s.aliases or {}).items():
                 base[instr.outs[s.outputs.index(out)]] = instr.ins[s.inputs.index(src)]
         if isinstance(instr, Slice):
             base[instr.out] = instr.src
+    return base
+
+
+def made_and_read(program):
+    made = {reg: at for at, i in enumerate(program.instrs) if isinstance(i, Run | Slice | Join) for reg in makes(i)}
+    return [(made[reg], at) for at, instr in enumerate(program.instrs) for reg in reads(instr) if reg in made]
+
+
+def conflicts(program, base):
+    """Pairs of which one writes what the other reads or writes; memory is a set of (root, microbatch)."""
+    atoms, accesses = {}, []
+    for at, instr in enumerate(program.instrs):
         for reg in makes(instr):
-            atoms[reg] = atoms[base[reg]] if reg in base else {(reg, m) for m in range(n)}
+            atoms[reg] = atoms[base[reg]] if reg in base else {(reg, m) for m in range(program.num_microbatches)}
             if isinstance(instr, Slice):
                 atoms[reg] = {(root, m) for root, m in atoms[reg] if m == instr.microbatch}
-        read = () if isinstance(instr, Slice) else reads(instr)
-        written = [*(instr.writes if isinstance(instr, Run) else ()), *(reg for reg in makes(instr) if reg not in base)]
-        found += [(made[reg], at) for reg in reads(instr) if reg in made and not before[at] >> made[reg] & 1]
-        if not isinstance(instr, Begin | Rows):
-            made.update(dict.fromkeys(makes(instr), at))
-            accesses.append((at, set().union(*map(atoms.get, written)), set().union(*map(atoms.get, read))))
-        for reg in {*reads(instr), *makes(instr)}:
-            while reg is not None:
-                uses.setdefault(reg, []).append(at)
-                reg = base.get(reg)
-    for i, (p, p_writes, p_reads) in enumerate(accesses):
-        for q, q_writes, q_reads in accesses[i + 1 :]:
-            if (p_writes & (q_writes | q_reads) or p_reads & q_writes) and not before[q] >> p & 1:
-                found.append((p, q))
-    owner = {reg: lane_of(instr) for instr in instrs for reg in makes(instr)}
+        if isinstance(instr, Run | Join | End):
+            written = [*getattr(instr, "writes", ()), *(reg for reg in makes(instr) if reg not in base)]
+            sets = [set().union(*map(atoms.get, regs)) for regs in (written, reads(instr))]
+            accesses.append((at, *sets))
+    return [
+        (p, q)
+        for i, (p, p_writes, p_reads) in enumerate(accesses)
+        for q, q_writes, q_reads in accesses[i + 1 :]
+        if p_writes & (q_writes | q_reads) or p_reads & q_writes
+    ]
+
+
+def early_frees(program, base, before):
+    """(use, free) for each use of a register or an alias of it that the lane of its maker has not waited for."""
+    instrs, uses = program.instrs, {}
     for at, instr in enumerate(instrs):
+        for reg in {*reads(instr), *makes(instr)} if not isinstance(instr, Begin | Rows) else ():
+            while reg is not None:
+                uses.setdefault(reg, set()).add(at)
+                reg = base.get(reg)
+    owner = {reg: lane_of(instr) for instr in instrs for reg in makes(instr)}
+    known, found = {}, []
+    for at, instr in enumerate(instrs):
+        if isinstance(instr, Run | Slice | Join | Wait):
+            known[lane_of(instr)] = before[at]
         for reg in instr.regs if isinstance(instr, Free) else ():
-            known = [before[i] for i in range(at) if isinstance(instrs[i], Run | Slice | Join | Wait)
-                     and lane_of(instrs[i]) is owner[reg]]  # fmt: skip
-            begun = [i for i in uses[reg] if not isinstance(instrs[i], Begin)]
-            found += [(u, at) for u in begun if not (known and known[-1] >> u & 1)]
+            found += [(use, at) for use in uses.get(reg, ()) if not known.get(owner[reg], 0) >> use & 1]
     return found
 
 
@@ -112,10 +133,9 @@ def play(segment, microbatch, ins, places, n):
             outs[value] = ins[base]
         elif microbatch is None:
             outs[value] = Memory(places[value], n, hash((term, value)))
-        else:
-            outs[value] = Memory(Shared(), n, 0) if isinstance(places[value], Shared) else Memory(places[value], 0, 0)
-            outs[value].write("", None, hash((term, value))) if outs[value].shared else None
-            outs[value].cells.setdefault(microbatch, hash((term, value)))
+        else:  # rows of this microbatch alone; what is shared is made once
+            outs[value] = Memory(places[value], 0, 0)
+            outs[value].cells[microbatch] = hash((term, value))
     return outs
 
 
@@ -142,7 +162,7 @@ def evaluate(program, places):
     """What a program computes when its instructions are played one after the other."""
     segments, n = program.segments, program.num_microbatches
     regs = {}
-    for instr in program.instrs:
+    for instr in program.instrs[:-1]:
         match instr:
             case Begin():
                 regs.update({v: Memory(places[v], n, hash(v)) for v in instr.outs})
@@ -159,5 +179,4 @@ def evaluate(program, places):
                 microbatch = 0 if n == 1 and s.per_microbatch else instr.microbatch
                 outs = play(s, microbatch, dict(zip(s.inputs, map(regs.get, instr.ins), strict=True)), places, n)
                 regs.update(zip(instr.outs, map(outs.get, s.outputs), strict=True))
-            case End():
-                return [regs[reg].seen("", None) for reg in instr.ins]
+    return [regs[reg].seen("", None) for reg in reads(program.instrs[-1])]

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 
 from dbo_compile.errors import InvalidProgram
-from dbo_compile.ir.program import Begin, End, Free, Join, Record, Rows, Run, Slice, Wait, lane_of
+from dbo_compile.ir.program import Begin, End, Free, Join, Program, Record, Rows, Run, Slice, Wait, lane_of
 from dbo_compile.ir.proof import verify_program
-from dbo_compile.ir.schedule import Lane
-from tests.ir.moe import moe_places, moe_program
+from dbo_compile.ir.schedule import Lane, Segment
+from dbo_compile.ir.tokens import Shared, Split
+from dbo_compile.passes.order import order
+from tests.ir.moe import comm, compute, moe_places, moe_program, program_of
 from tests.ir.oracle import evaluate, races
 
 PROGRAM = moe_program(3)
@@ -71,12 +73,25 @@ def test_no_record_is_superfluous(at):
 
 
 def test_a_record_after_the_next_compute_loses_overlap():
-    at, last = find("record attn0#0"), find("= attn0#1(")
-    record, wait, reader = PROGRAM.instrs[at], *PROGRAM.instrs[at + 2 : at + 4]
-    rest = [i for i in PROGRAM.instrs[at + 1 : last + 1] if i not in (wait, reader, PROGRAM.instrs[find("record counts0#0")])]
-    late = (*PROGRAM.instrs[:at], *rest, record, wait, reader, Record(Lane.COMM, "counts0#0"), *PROGRAM.instrs[last + 1 :])
-    message = refusal(replace(PROGRAM, instrs=late))
-    assert "waits for `attn0#1`, which nothing it reads depends on: overlap is lost" in message
+    instrs = (
+        Begin(("x",)),
+        Slice("x", 0, 0, "x#0"),
+        Slice("x", 0, 1, "x#1"),
+        Run(Lane.COMPUTE, "attn", 0, ("x#0",), ("a#0",)),
+        Run(Lane.COMPUTE, "attn", 1, ("x#1",), ("a#1",)),
+        Record(Lane.COMPUTE, "late"),
+        Wait(Lane.COMM, "late"),
+        Run(Lane.COMM, "send", 0, ("a#0",), ("b#0",)),
+        Run(Lane.COMM, "send", 1, ("a#1",), ("b#1",)),
+        Record(Lane.COMM, "sent"),
+        Wait(Lane.COMPUTE, "sent"),
+        End(()),
+    )
+    segments = {"attn": compute("attn", "x", "a"), "send": comm("send", "a", "b")}
+    message = refusal(Program(instrs, segments, 2))
+    assert "`comm b#0 = send#0(a#0)`, waits for `attn#1`, which nothing it reads depends on: overlap is lost" in message
+    early = (*instrs[:4], Record(Lane.COMPUTE, "a0"), instrs[4], instrs[5], Wait(Lane.COMM, "a0"), instrs[7], instrs[6])
+    verify_program(Program((*early, *instrs[8:]), segments, 2))
 
 
 def test_a_record_after_the_next_collective_loses_overlap():
@@ -159,7 +174,8 @@ def test_a_register_made_twice_is_refused():
 
 
 def test_a_read_before_its_write_is_refused():
-    assert "reads b1#0, which nothing before it makes" in refusal(moved(find("h2#0 = add1#0"), find("b1#0 = combine1#0")))
+    early = moved(find("h2#0 = add1#0"), find("b1#0 = combine1#0"))
+    assert "reads b1#0, which nothing before it makes" in refusal(early)
 
 
 def test_reading_the_rows_of_another_microbatch_is_refused():
@@ -169,10 +185,9 @@ def test_reading_the_rows_of_another_microbatch_is_refused():
 
 
 def test_reading_all_tokens_for_one_microbatch_is_refused():
-    run = PROGRAM.instrs[find("= attn0#0(")]
-    assert "reads h0, which is not h0 for microbatch 0" in refusal(
-        replaced(find("= attn0#0("), replace(run, ins=("h0", *run.ins[1:])))
-    )
+    at = find("= attn0#0(")
+    wrong = replaced(at, replace(PROGRAM.instrs[at], ins=("h0", *PROGRAM.instrs[at].ins[1:])))
+    assert "reads h0, which is not h0 for microbatch 0" in refusal(wrong)
 
 
 def test_joining_in_another_order_is_refused():
@@ -181,15 +196,51 @@ def test_joining_in_another_order_is_refused():
 
 
 def test_a_segment_on_the_other_lane_is_refused():
-    run = PROGRAM.instrs[find("combine1#0(")]
-    assert "is no segment of the compute lane" in refusal(replaced(find("combine1#0("), replace(run, lane=Lane.COMPUTE)))
+    at = find("combine1#0(")
+    moved_over = replaced(at, replace(PROGRAM.instrs[at], lane=Lane.COMPUTE))
+    assert "is no segment of the compute lane" in refusal(moved_over)
 
 
 def test_a_hidden_write_is_refused():
-    run = PROGRAM.instrs[find("= attn1#0(")]
-    assert "does not say what it writes; expected kv1, seen" in refusal(
-        replaced(find("= attn1#0("), replace(run, writes=("kv1#0",)))
+    at = find("= attn1#0(")
+    hidden = replaced(at, replace(PROGRAM.instrs[at], writes=("kv1#0",)))
+    assert "does not say what it writes; expected kv1, seen" in refusal(hidden)
+
+
+def test_a_run_that_does_not_fit_its_segment_is_refused():
+    at = find("= experts1#0(")
+    short = replaced(at, replace(PROGRAM.instrs[at], ins=("d1#0",)))
+    assert "does not fit its segment; expected (d1, k1) -> (e1)" in refusal(short)
+
+
+def test_a_step_for_no_microbatch_of_the_program_is_refused():
+    at = find("s1#1 = shared1#1")
+    of_none = replaced(at, replace(PROGRAM.instrs[at], microbatch=None))
+    assert "plays shared1; expected shared1#0 shared1#1" in refusal(of_none)
+    of_all = {"f": Segment("f", Lane.COMPUTE, (), (), per_microbatch=False)}
+    program = Program((Begin(()), Run(Lane.COMPUTE, "f", 1, (), ()), End(())), of_all, 2)
+    assert "`compute _ = f#1()`, plays f#1; expected f\n" in refusal(program)
+
+
+def test_a_join_from_before_its_rows_were_written_is_refused():
+    segments = (compute("make", "w", "y"), compute("add", "y", "", writes=("y",)))
+    head = Segment("head", Lane.COMPUTE, ("y",), ("z",), per_microbatch=False)
+    places = {"w": Shared(), "y": Split(0), "z": Shared()}
+    schedule = order({s.name: s for s in (*segments, head)}, 2)
+    program = program_of(schedule, places, ("w",), ("z",))
+    verify_program(program)
+    instrs = list(program.instrs)
+    join = next(i for i, instr in enumerate(instrs) if isinstance(instr, Join))
+    instrs.insert(find("y#1 = make#1", program) + 1, instrs.pop(join))
+    assert "reads y, joined before its rows were written; expected a new join" in refusal(
+        replace(program, instrs=tuple(instrs))
     )
+
+
+def test_waiting_again_for_what_has_happened_is_harmless():
+    at = find("compute wait combine1#0")
+    again = PROGRAM.instrs[find("compute wait dispatch1#0")]
+    verify_program(replace(PROGRAM, instrs=(*PROGRAM.instrs[:at], again, *PROGRAM.instrs[at:])))
 
 
 def test_state_of_all_tokens_is_written_microbatch_0_first():

@@ -134,16 +134,21 @@ def test_a_value_written_after_it_was_joined_is_joined_again():
     ]
 
 
+JOINED = (compute("f", "x", "y"), once("head", "y", "z")), "f#0 f#1 head"
+SLICED = (once("f", "x", "y"), compute("g", "y", "z")), "f g#0 g#1"
+
+
 @pytest.mark.parametrize(
-    ("segments", "steps", "place", "reason"),
+    ("graph", "place", "reason"),
     [
-        ((compute("f", "x", "y"), once("head", "y", "z")), "f#0 f#1 head", Local("sort"), r"y is Local\(order=sort\)"),
-        ((compute("f", "x", "y"), once("head", "y", "z")), "f#0 f#1 head", Count(), "y is Count, so it cannot be joined"),
-        ((once("f", "x", "y"), compute("g", "y", "z")), "f g#0 g#1", Local(), "y is Local.., so it cannot be split"),
-        ((once("f", "x", "y"), compute("g", "y", "z")), "f g#0 g#1", Count(), "y is Count, so it cannot be split"),
+        (JOINED, Local("sort"), r"y is Local\(order=sort\), so it cannot be joined"),
+        (JOINED, Count(), "y is Count, so it cannot be joined"),
+        (SLICED, Local(), r"y is Local\(\), so it cannot be split"),
+        (SLICED, Count(), "y is Count, so it cannot be split"),
     ],
 )
-def test_what_cannot_be_joined_or_split_is_named(segments, steps, place, reason):
+def test_what_cannot_be_joined_or_split_is_named(graph, place, reason):
+    segments, steps = graph
     with pytest.raises(InvalidSchedule, match=reason):
         lowered(steps, segments, {"x": Shared(), "y": place, "z": Split(0)})
 

@@ -53,12 +53,17 @@ def test_alternate_switches_at_the_first_result_it_needs_and_then_takes_all():
 
 
 def test_list_puts_the_longest_way_first():
-    segments = (compute("short", "x", "s"), compute("long", "x", "l"), comm("send", "l", "b"), compute("end", "b s", "e"))
+    segments = (
+        compute("short", "x", "s"),
+        compute("long", "x", "l"),
+        comm("send", "l", "b"),
+        compute("end", "b s", ""),
+    )
     assert str(order({s.name: s for s in segments}, 1)) == "long#0 send#0 short#0 end#0"
 
 
 def test_list_follows_the_costs():
-    segments = (compute("attn", "x", "a"), comm("send", "a", "b"), compute("filler", "a", "f"), compute("mlp", "b", "c"))
+    segments = (compute("attn", "x", "a"), comm("send", "a", "b"), compute("filler", "a", "f"), compute("mlp", "b", ""))
     named = {s.name: s for s in segments}
     long = order(named, 2, cost=lambda step: 5.0 if step.segment == "filler" else 1.0)
     short = order(named, 2, cost=lambda step: 0.5 if step.segment == "filler" else 1.0)
@@ -66,12 +71,26 @@ def test_list_follows_the_costs():
     assert str(short) == "attn#0 send#0 attn#1 send#1 mlp#0 mlp#1 filler#0 filler#1"
 
 
-def test_list_issues_ready_compute_before_a_read_on_the_host_that_would_block():
-    segments = (
-        compute("attn", "x", "a"), comm("counts", "a", "c"), compute("sizes", "c", "n", host=True), comm("send", "a n", "b"),
-    )  # fmt: skip
-    schedule = order({s.name: s for s in segments}, 2)
-    assert str(schedule) == "attn#0 counts#0 attn#1 counts#1 sizes#0 send#0 sizes#1 send#1"
+def counting(lane):
+    sizes = Segment("sizes", lane, ("c",), ("n",), per_microbatch=True, host=True)
+    return {
+        "attn": compute("attn", "x", "a"),
+        "counts": comm("counts", "a", "c"),
+        "sizes": sizes,
+        "send": comm("send", "a n", "b"),
+    }
+
+
+@pytest.mark.parametrize("policy", ["list", "alternate"])
+@pytest.mark.parametrize("lane", Lane)
+def test_ready_compute_is_issued_before_a_read_on_the_host_that_would_block(policy, lane):
+    schedule = order(counting(lane), 2, policy)
+    assert str(schedule).startswith("attn#0 counts#0 attn#1 counts#1 sizes#0 ")
+
+
+def test_list_issues_a_read_on_the_comm_lane_after_the_compute_that_starts_before_it():
+    segments = counting(Lane.COMM) | {f"f{i}": compute(f"f{i}", "x", f"y{i}") for i in range(3)}
+    assert str(order(segments, 1)) == "attn#0 counts#0 f0#0 f1#0 sizes#0 send#0 f2#0"
 
 
 def test_threaded_segments_play_microbatch_0_first():

@@ -80,7 +80,8 @@ def test_a_later_wait_covers_earlier_events():
 
 
 def test_numbers_and_arguments_are_there_without_waiting():
-    program = synced(Begin(("x",)), Rows(None, ("rows", "start")), run("y = f(x)"), send("z = send(x rows)"), End(("y",)))
+    numbers = Rows(None, ("rows", "start"))
+    program = synced(Begin(("x",)), numbers, run("y = f(x)"), send("z = send(x rows)"), End(("y",)))
     assert program == [
         "begin x",
         "rows, start = rows()",
@@ -151,10 +152,22 @@ def test_slices_of_different_microbatches_do_not_wait_for_each_other():
     ]
 
 
+def test_slicing_touches_no_data():
+    program = synced(
+        Begin(("kv",)), send("a = f(kv)", writes="kv"), Slice("kv", 0, 0, "kv#0"), run("b#0 = g#0(kv#0)"), End(("b#0",))
+    )
+    assert program[3:7] == [
+        "free a",
+        "compute kv#0 = slice(kv, dim=0, microbatch=0)",
+        "compute wait f",
+        "compute b#0 = g#0(kv#0)",
+    ]
+
+
 def test_memory_is_kept_while_an_alias_of_it_is_read():
     view = compute("look", "x", "v", aliases={"v": "x"})
-    program = synced(Begin(("w",)), run("x = f(w)"), run("v = look(x)"), run("y = g(w)"), run("z = h(v y)"), End(("z",)),
-                     segments=[view])  # fmt: skip
+    steps = (run("x = f(w)"), run("v = look(x)"), run("y = g(w)"), run("z = h(v y)"))
+    program = synced(Begin(("w",)), *steps, End(("z",)), segments=[view])
     assert program[-2:] == ["free x v y", "end z"]
     assert sum("free" in line for line in program) == 2
 

@@ -36,7 +36,7 @@ def test_lanes_overlap_where_nothing_waits():
         "compute 8..9 mlp#1",
     ]
     assert (timeline.makespan, timeline.busy(Lane.COMPUTE), timeline.busy(Lane.COMM), timeline.idle) == (9, 6, 6, 3)
-    assert timeline.hidden_comm == 0.5
+    assert timeline.hidden_comm == pytest.approx(1 / 2)
     assert str(timeline) == "9 in all, compute busy 6, comm busy 6, 50% of comm hidden"
 
 

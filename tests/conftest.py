@@ -1,0 +1,19 @@
+"""What every test starts from: one thread, an empty Dynamo cache, no options from the environment."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def _clean_slate(monkeypatch):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    for name in [n for n in os.environ if n.startswith("DBO_")]:
+        monkeypatch.delenv(name)
