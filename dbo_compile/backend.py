@@ -113,8 +113,10 @@ def compile_graph(gm: fx.GraphModule, tokens: Sequence[capture.TokenTensor], con
 
 def _refuse_sizes_from_data(graph: fx.Graph) -> None:
     """Only numbers read by `.item()` or `.tolist()` may become sizes; `nonzero` and its like are not split yet."""
+    known = g.symbol_inputs(graph).keys() | g.data_symbols(graph).keys()
     for node in g.body(graph):
-        if g.unbacked_bindings(node) and not g.is_symbolic_number(node):
+        vals = g.value(node) if isinstance(g.value(node), tuple | list) else [g.value(node)]
+        if any(g.symbols_of(v) - known for v in vals):
             where = g.source_line(node)
             raise NotSplit(f"the size of the result of {node.target} depends on its data ({where})")
 

@@ -44,6 +44,28 @@ def symbol_inputs(graph: fx.Graph) -> dict[sympy.Symbol, int]:
     return {expression(value(n)): i for i, n in enumerate(inputs(graph)) if is_symbolic_number(n)}
 
 
+def reads_number(node: fx.Node) -> bool:
+    """Whether `node` reads a number out of a tensor, on the host."""
+    return node.target is torch.ops.aten._local_scalar_dense.default
+
+
+def data_symbols(graph: fx.Graph) -> dict[sympy.Symbol, fx.Node]:
+    """The symbols that stand for numbers read out of tensors, and who reads each first."""
+    symbols: dict[sympy.Symbol, fx.Node] = {}
+    for node in filter(reads_number, body(graph)):
+        if (symbol := expression(value(node))).is_Symbol:
+            symbols.setdefault(symbol, node)
+    return symbols
+
+
+def symbols_of(val: Any) -> set[sympy.Symbol]:
+    """The symbols in a number, or in the sizes and strides of a tensor."""
+    if isinstance(val, torch.Tensor):
+        return {s for d in (*val.shape, *val.stride()) for s in expression(d).free_symbols}
+    is_number = isinstance(val, torch.SymInt | torch.SymFloat | torch.SymBool)
+    return set(expression(val).free_symbols) if is_number else set()
+
+
 def map_nodes(args: Any, fn: Callable[[fx.Node], Any]) -> Any:
     return fx.node.map_aggregate(args, lambda a: fn(a) if isinstance(a, fx.Node) else a)
 
@@ -139,11 +161,6 @@ def source_line(node: fx.Node) -> str:
     file, line = trace[at].removeprefix("File ").split(", ")[:2]
     code = trace[at + 1] if at + 1 < len(trace) else ""
     return f"{file.strip(chr(34))}:{line.removeprefix('line ')}, {code}"
-
-
-def unbacked_bindings(node: fx.Node) -> dict[sympy.Symbol, Any]:
-    """The data-dependent sizes that `node` brings into the graph, and where in its result each stands."""
-    return node.meta.get("unbacked_bindings") or {}
 
 
 def copy_meta(new: fx.Node, old: fx.Node) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed.expert_parallel import (
     EPImplementation,
@@ -31,7 +33,8 @@ def expert_parallel(
     Every rank calls this with the same weights, and afterwards runs the model on its own batch. `group` is a mesh of
     one dim or a process group, by default all ranks. `ep_implementation` is any name that transformers knows: "dbo" is
     `exchange_exact` (ranks may hold different numbers of tokens), "dbo_static" `exchange_static` (no host reads; the
-    same number of tokens on all ranks).
+    same number of tokens on all ranks). The weights of the experts become plain tensors, this rank's own: a compiled
+    graph then has no DTensor to unwrap, and a checkpoint of the model is one of this rank.
 
     To compile the model as one graph, its `experts_implementation` must be "grouped_mm" (transformers' default) or
     "batched_mm", and for "dbo" `torch.compile` needs `fullgraph=True` or `torch._dynamo.config.capture_scalar_outputs`.
@@ -50,6 +53,7 @@ def expert_parallel(
     mesh = _mesh(group, model.device.type)
     plan = model._expand_parallel_plan(model.ep_plan)
     apply_expert_parallelism(model, mesh, _mesh_of_one(mesh), plan, ep_implementation=ep_implementation)
+    _make_local(model)
     return model
 
 
@@ -119,3 +123,11 @@ def _mesh_of_one(mesh: DeviceMesh) -> DeviceMesh:
     """Return the mesh of this rank alone: in transformers' terms, nobody else holds this rank's batch."""
     alone: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     return DeviceMesh.from_group(alone, mesh.device_type)
+
+
+def _make_local(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if isinstance(weight, DTensor):
+                own = nn.Parameter(weight.detach().to_local(), requires_grad=weight.requires_grad)
+                module.register_parameter(name, own)

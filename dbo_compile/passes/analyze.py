@@ -8,7 +8,7 @@ the graph.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -52,13 +52,14 @@ def analyze(
         walk = _Walk(token_dims, dict.fromkeys(symbols, TOKENS), whole)
         for node in graph.nodes:
             walk.visit(node)
-        if not walk.arrangers.keys() - whole.keys():
+        arrangers = walk.arrangers()
+        if not arrangers.keys() - whole.keys():
             return TokenMap(walk.places, walk.barriers, walk.obligations, walk.localised)
-        whole |= walk.arrangers
+        whole |= arrangers
 
 
 class _Walk:
-    """One walk: the tables it fills, and `arrangers`, the ops that turn out to be needed whole."""
+    """One walk: the tables it fills, and which rows in an order of their own turn out to be needed whole."""
 
     def __init__(
         self, token_dims: Mapping[fx.Node, int], symbols: dict[sympy.Symbol, sympy.Symbol], whole: Mapping[fx.Node, str]
@@ -70,7 +71,8 @@ class _Walk:
         self.barriers: dict[fx.Node, str] = {}
         self.obligations: dict[fx.Node, str] = {}
         self.localised: dict[fx.Node, None] = {}
-        self.arrangers: dict[fx.Node, str] = {}
+        self.needed_whole: dict[fx.Node, str] = {}
+        self.region = _Regions()
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -79,6 +81,7 @@ class _Walk:
         if node.op == "output":
             self._check_results(node)
             return
+        self.region.join(node, self._local_inputs(node))
         try:
             if node in self.whole:
                 raise CannotSplit(self.whole[node])
@@ -86,7 +89,8 @@ class _Walk:
         except CannotSplit as why:
             self.barriers[node] = str(why)
             self.places[node] = self._from_shape(g.value(node))
-            self._need_whole(node, str(why))
+            reason = f"{node.name} needs its result for all tokens at once, because {why}"
+            self.needed_whole |= {n: reason for n in self._local_inputs(node)}
 
     def _input(self, node: fx.Node) -> Placement:
         if node in self.token_dims:
@@ -153,30 +157,48 @@ class _Walk:
         return Split(dims[0]) if len(dims) == 1 else Shared()
 
     def _check_results(self, node: fx.Node) -> None:
-        for result in node.all_input_nodes:
-            if isinstance(self.places[result], Local):
-                self._arrangers_of(result, "the graph returns rows of many tokens in an order of their own")
+        reason = "the graph returns rows of many tokens in an order of their own"
+        self.needed_whole |= {n: reason for n in self._local_inputs(node)}
 
-    def _need_whole(self, node: fx.Node, reason: str) -> None:
-        for n in node.all_input_nodes:
-            if any(isinstance(p, Local) for p in _flat(self.places[n])):
-                self._arrangers_of(n, f"{node.name} needs its result for all tokens at once, because {reason}")
+    def arrangers(self) -> dict[fx.Node, str]:
+        """The ops that made rows `Local` which are needed for all tokens at once, each with the reason.
 
-    def _arrangers_of(self, node: fx.Node, reason: str) -> None:
-        """The ops among the ancestors of `node` that made rows `Local` out of rows that were not."""
-        todo, seen = [node], {node}
-        while todo:
-            n = todo.pop()
-            before = [i for i in n.all_input_nodes if any(isinstance(p, Local) for p in _flat(self.places[i]))]
-            if not before:
-                self.arrangers.setdefault(n, reason)
-            todo += [i for i in before if i not in seen]
-            seen.update(before)
+        What one exchange arranges, counts and sends belongs together: if some of it is needed whole, all of it is.
+        """
+        why = {self.region.find(n): reason for n, reason in self.needed_whole.items()}
+        makers = [n for n, place in self.places.items() if _is_local(place) and not self._local_inputs(n)]
+        return {n: why[root] for n in makers if (root := self.region.find(n)) in why}
+
+    def _local_inputs(self, node: fx.Node) -> list[fx.Node]:
+        return [n for n in node.all_input_nodes if _is_local(self.places[n])]
+
+
+class _Regions:
+    """Sets of nodes that rows in an order of their own pass between (union-find)."""
+
+    def __init__(self) -> None:
+        self._parent: dict[fx.Node, fx.Node] = {}
+
+    def find(self, node: fx.Node) -> fx.Node:
+        root = node
+        while (parent := self._parent.get(root, root)) is not root:
+            root = parent
+        while node is not root:
+            node, self._parent[node] = self._parent[node], root
+        return root
+
+    def join(self, node: fx.Node, others: Iterable[fx.Node]) -> None:
+        for other in others:
+            self._parent[self.find(other)] = self.find(node)
 
 
 def draws_random_numbers(node: fx.Node) -> bool:
     """By its tag; an op that may or may not (attention with dropout) has a rule, which refuses where it does."""
     return g.has_tag(node, torch.Tag.nondeterministic_seeded) and node.target not in RULES
+
+
+def _is_local(place: Placement | tuple[Placement, ...]) -> bool:
+    return any(isinstance(p, Local) for p in _flat(place))
 
 
 def _flat(place: Placement | tuple[Placement, ...]) -> tuple[Placement, ...]:

@@ -13,7 +13,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from enum import Enum
 
-import sympy
 import torch
 from torch import fx
 
@@ -76,7 +75,7 @@ class _Cutter:
         self.tokens = tokens
         self.changing = frozenset(g.base(n) for m in g.body(graph) for n in g.written(m))
         self.index = {n: i for i, n in enumerate(graph.nodes)}
-        self.definers = {s: n for n in g.body(graph) for s in g.unbacked_bindings(n)}
+        self.definers = g.data_symbols(graph)
         self.constants: dict[fx.Node, None] = {}
         for node in g.body(graph):
             if self._is_constant(node):
@@ -109,9 +108,9 @@ class _Cutter:
 
     def _is_played(self, node: fx.Node) -> bool:
         if g.is_symbolic_number(node):
-            return node.target is aten._local_scalar_dense.default
+            return g.reads_number(node)
         if node.target in CHECKS:  # what was assumed of sizes alone is checked before the program is chosen
-            return any(symbols_of(n) & self.definers.keys() for n in node.all_input_nodes)
+            return any(g.symbols_of(g.value(n)) & self.definers.keys() for n in node.all_input_nodes)
         return node not in self.constants
 
     def _is_constant(self, node: fx.Node) -> bool:
@@ -143,7 +142,7 @@ class _Cutter:
             if n in self.mode:
                 needs[n] = None
             elif g.is_symbolic_number(n):
-                symbols = g.expression(g.value(n)).free_symbols
+                symbols = g.symbols_of(g.value(n))
                 todo += [self.definers[s] for s in sorted(symbols, key=str) if s in self.definers]
             else:
                 todo += n.all_input_nodes
@@ -234,7 +233,7 @@ def is_heavy(node: fx.Node) -> bool:
 
 
 def _is_host(node: fx.Node) -> bool:
-    return node.target is aten._local_scalar_dense.default or node.target in CHECKS
+    return g.reads_number(node) or node.target in CHECKS
 
 
 def _maker(node: fx.Node) -> fx.Node:
@@ -248,11 +247,3 @@ def unsplit_writes(group: Group, tokens: TokenMap) -> bool:
     """Whether a group played per microbatch writes what all tokens share: its microbatches keep their order."""
     targets = [n for m in group.nodes for n in g.written(m)]
     return group.mode.per_microbatch and any(not isinstance(tokens.places[n], Split) for n in targets)
-
-
-def symbols_of(node: fx.Node) -> set[sympy.Symbol]:
-    """The symbols in the sizes and strides of a value."""
-    val = g.value(node)
-    if isinstance(val, torch.Tensor):
-        return {s for d in (*val.shape, *val.stride()) for s in g.expression(d).free_symbols}
-    return set(g.expression(val).free_symbols) if g.is_symbolic_number(node) else set()

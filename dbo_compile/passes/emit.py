@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dbo_compile.ir.memory import bases
 from dbo_compile.ir.program import Begin, End, Free, Instr, Join, Program, Record, Reg, Rows, Run, Slice, Wait, lane_of
 from dbo_compile.ir.schedule import Lane, Step
 
@@ -44,7 +45,7 @@ class _Emitter:
         self.regs: dict[Reg, fx.Node] = {}
         self.live: dict[Reg, None] = {}
         self.steps: dict[str, Step] = {}
-        self.written = {w for i in program.instrs if isinstance(i, Run) for w in i.writes}
+        self.written = _written_memory(program)
 
     def add(self, instr: Instr) -> None:
         match instr:
@@ -107,6 +108,19 @@ class _Emitter:
     def _set(self, reg: Reg, node: fx.Node) -> None:
         self.regs[reg] = node
         self.live[reg] = None
+
+
+def _written_memory(program: Program) -> set[Reg]:
+    """The registers, of any name, that share memory which some segment writes in place."""
+    base = {reg: of for i in program.instrs for reg, of in bases(i, program.segments)}
+
+    def root(reg: Reg) -> Reg:
+        while reg in base:
+            reg = base[reg]
+        return reg
+
+    roots = {root(w) for i in program.instrs if isinstance(i, Run) for w in i.writes}
+    return roots | {reg for reg in base if root(reg) in roots}
 
 
 def _name(reg: str) -> str:

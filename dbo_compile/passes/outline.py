@@ -193,7 +193,7 @@ class _CodeWriter:
 
     def _find_symbols(self) -> tuple[sympy.Symbol, ...]:
         """The symbols that the code computes sizes from, the rows of the microbatch first."""
-        own = {s for n in self.inside for s in g.unbacked_bindings(n)}
+        own = {s for n in self.inside if g.reads_number(n) for s in g.symbols_of(g.value(n))}
         args = [self.numbers.tensor(n) for n in self.tensors]
         dims = [d for a in args for d in (*a.sizes, *a.strides)]
         dims += [g.value(i) for n in self.nodes for i in n.all_input_nodes if g.is_symbolic_number(i)]

@@ -41,8 +41,7 @@ PRIMS = (
 )  # fmt: skip
 UNTAGGED = (
     aten._conj.default, aten._neg_view.default, aten._prelu_kernel.default, aten.complex.default, aten.copy.default,
-    aten.fill.Scalar, aten.fill.Tensor, aten.floor_divide.Scalar, aten.floor_divide.default, aten.hardswish.default,
-    aten.imag.default, aten.masked_fill.Tensor, aten.polar.default, aten.real.default, aten.rsub.Tensor,
+    aten.fill.Scalar, aten.fill.Tensor, aten.hardswish.default, aten.imag.default, aten.masked_fill.Tensor, aten.polar.default, aten.real.default, aten.rsub.Tensor,
     aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf, aten.zero.default,
 )  # fmt: skip
 
@@ -140,7 +139,12 @@ def _refuse_whole_rows(values: Sequence[Value]) -> None:
 
 
 def _order(values: Sequence[Value]) -> str:
-    """The order that all values with rows have; values without rows must be the same for every microbatch."""
+    """The order that all values with rows have; values without rows must be the same for every microbatch.
+
+    Numbers of rows lose it: with an order they say how it came about, and say something else after arithmetic.
+    """
+    if any(v.is_position for v in values):
+        return ""
     ndim = max(v.ndim for v in values)
     rows = [v for v in values if ndim and v.ndim == ndim and v.sizes[0] != 1]
     orders = {v.place.order if isinstance(v.place, Local) else "" for v in rows}
@@ -174,6 +178,15 @@ def inner_bound(*args: Any, **kwargs: Any) -> Ruling:
     ruling = elementwise(*args, **kwargs)
     if isinstance(ruling.place, Local) and ruling.place.position:
         raise CannotSplit(BOUNDED)
+    return ruling
+
+
+@rule(aten.floor_divide.default, aten.floor_divide.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode)
+def divide(x: Any, by: Any, *, rounding_mode: str | None = "floor") -> Ruling:
+    """Dividing sorted row numbers by the rows of a token, rounded, leads to the tokens of the sorted rows."""
+    ruling = elementwise(x, by)
+    if isinstance(ruling.place, Local) and type(by) is int and by > 0 and rounding_mode is not None:
+        return Ruling(renewed(x))
     return ruling
 
 
@@ -228,10 +241,14 @@ def _family(name: str) -> Rule:
 
 
 def _register() -> None:
-    """Ask PyTorch which ops are pointwise: it tags them, but for a few, and but for many of their variants in place."""
+    """Ask PyTorch which ops are pointwise: it tags them, but for a few, and but for many of their variants in place.
+
+    `dir` lists the ops that PyTorch itself has looked up by now: all that its tracing leaves in graphs.
+    """
     packets = [getattr(aten, name) for name in dir(aten) if not name.endswith("_") or name.endswith("__")]
     overloads = [op for p in packets if isinstance(p, torch._ops.OpOverloadPacket) for op in _overloads_of(p)]
-    functional = [op for op in overloads if torch.Tag.pointwise in op.tags and not op._schema.is_mutable]
+    tagged = [op for op in overloads if torch.Tag.pointwise in op.tags and not op._schema.is_mutable]
+    functional = [op for op in tagged if all("Tensor" in str(r.type) for r in op._schema.returns)]  # not aten.equal
     for op in [*functional, *UNTAGGED, *(getattr(prims, name).default for name in PRIMS)]:
         name = op._schema.name.split("::")[1]
         if op not in RULES and torch.Tag.nondeterministic_seeded not in op.tags:

@@ -133,6 +133,17 @@ def shards_over(kind: str) -> float:
     return error(model, tiny_model("qwen3_moe", experts="eager"), some_ids(3))
 
 
+def weights_of_experts() -> list[tuple[type, list[int], bool]]:
+    """The type, the shape and whether it is this rank's part of the whole, of each weight of a layer's experts."""
+    path = "model.layers.1.mlp.experts"
+    whole = tiny_model("qwen3_moe", experts="batched_mm").get_submodule(path)
+    mine = expert_parallel(tiny_model("qwen3_moe", experts="batched_mm")).get_submodule(path)
+    return [
+        (type(weight), list(weight.shape), torch.equal(weight, part.chunk(2)[dist.get_rank()]))
+        for weight, part in zip(mine.parameters(), whole.parameters(), strict=True)
+    ]
+
+
 def refusals() -> list[str]:
     dense = LlamaForCausalLM(
         LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
@@ -208,6 +219,11 @@ def test_static_splits_compile_to_one_graph_that_knows_all_sizes(ranks, name, on
 @pytest.mark.parametrize("kind", ["mesh", "group"])
 def test_experts_are_sharded_over_a_mesh_or_a_process_group(ranks, kind):
     assert max(ranks.run(shards_over, kind)) <= 1e-12
+
+
+def test_each_rank_keeps_its_own_experts_as_plain_tensors(ranks):
+    own = [(torch.nn.Parameter, [4, 48, 32], True), (torch.nn.Parameter, [4, 32, 24], True)]
+    assert ranks.run(weights_of_experts) == [own, own]
 
 
 def test_what_cannot_be_sharded_is_refused_with_what_to_do(ranks):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -58,23 +58,35 @@ def count(expr: sympy.Expr) -> Number:
     return Number(expr, Count())
 
 
-def placed(answer: Any) -> Placement | tuple[Placement, ...]:
-    """The placement in a rule's answer."""
+def ask(op: Any, *args: Any, **kwargs: Any) -> Placement | tuple[Placement, ...]:
+    """The placement in the answer of an op's rule."""
+    answer = RULES[op](*args, **kwargs)
     return answer.place if isinstance(answer, Ruling) else answer
 
 
 def claim(op: Any, *args: Any, **kwargs: Any) -> Placement | tuple[Placement, ...] | str:
     """The rule's placement for a call on real tensors, found true on every way to part the tokens; or its refusal."""
     try:
-        place = placed(RULES[op](*_map(args, _seen), **_map(kwargs, _seen)))
+        place = ask(op, *_map(args, _seen), **_map(kwargs, _seen))
     except CannotSplit as why:
         return str(why)
     whole = op(*_map(args, _part(0, NUM_TOKENS)), **_map(kwargs, _part(0, NUM_TOKENS)))
+    makes_rows = not any(isinstance(arg, torch.Tensor | Along | Whole) for arg in args)
     for sizes in PARTS:
         bounds = list(zip((0, *accumulate(sizes)), accumulate(sizes), strict=False))
         parts = [op(*_map(args, _part(*b)), **_map(kwargs, _part(*b))) for b in bounds]
+        if makes_rows:
+            parts = [_numbered(part, place, b) for part, b in zip(parts, bounds, strict=True)]
         _check(place, whole, parts, bounds, str(op))
     return place
+
+
+def _numbered(part: torch.Tensor, place: Any, bounds: tuple[int, int]) -> torch.Tensor:
+    """Row numbers made by a microbatch, counted from the first row of all, as the analysis has them counted."""
+    if not (isinstance(place, Split) and place.position):
+        return part
+    start, stop = bounds
+    return part + part.shape[place.dim] // (stop - start) * start
 
 
 def _map(args: Any, fn: Callable[[Any], Any]) -> Any:
@@ -140,7 +152,11 @@ def _check(place: Any, whole: Any, parts: list[Any], bounds: list[tuple[int, int
             _assert_equal(part, whole, f"{name} on tokens {start} to {stop}, said to be {place}")
         elif isinstance(place, Split):
             rows = _rows(whole, place.dim, start, stop)
-            _assert_equal(part, rows, f"{name} on tokens {start} to {stop}, said to be {replace(place)}")
+            _assert_equal(part, rows, f"{name} on tokens {start} to {stop}, said to be {place}")
+            if place.position:
+                numbers = torch.arange(whole.shape[place.dim], dtype=whole.dtype)
+                numbers = numbers.view(-1, *[1] * (whole.ndim - place.dim - 1)).expand(whole.shape)
+                _assert_equal(whole, numbers, f"{name}, said to hold the numbers of its rows")
 
 
 def _assert_equal(got: Any, expected: Any, what: str) -> None:

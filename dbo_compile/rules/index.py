@@ -1,0 +1,260 @@
+"""Ops that read elements by their numbers: advanced indexing, gathering, embedding.
+
+Row numbers of tokens lead anywhere among all tokens, but for two kinds. A microbatch's own row numbers lead to its own
+rows: `Split` positions counted from its first row, and `Local` positions, which arrange rows anew. And the inverse of
+an arrangement leads its rows back to their tokens: proven if they are known to be in that order, else taken on trust.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from dbo_compile.errors import CannotSplit
+from dbo_compile.ir.tokens import TOKENS, Local, Ruling, Shared, Split, Value
+from dbo_compile.rules.create import rows_per_token
+from dbo_compile.rules.pointwise import carried, combined, tensors
+from dbo_compile.rules.reduce import order_of, ordered, own, rows_of
+from dbo_compile.rules.registry import rule
+
+aten = torch.ops.aten
+
+ONE = sympy.Integer(1)
+RETURNED = "the rows it puts back are in the order in which they were taken from their tokens"
+MIXES = "it mixes rows in the order of the tokens with rows in an order of their own"
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The elements of `source` that numbers in some of its dims stand for: `source[:, i, j]` is {1: i, 2: j}."""
+
+    source: Value
+    indices: Mapping[int, Value]
+
+    @property
+    def index_ndim(self) -> int:
+        return max(v.ndim for v in self.indices.values())
+
+    @property
+    def ndim(self) -> int:
+        return self.source.ndim - len(self.indices) + self.index_ndim
+
+    @property
+    def front(self) -> int:
+        """The dim of the region at which those of the indices begin: dim 0 if other dims lie between the indexed."""
+        dims = sorted(self.indices)
+        return dims[0] if dims[-1] - dims[0] + 1 == len(dims) else 0
+
+    def dim(self, source_dim: int) -> int:
+        """Where a dim of the source that is not indexed is in the region."""
+        before = sum(d not in self.indices for d in range(source_dim))
+        return before if before < self.front else before + self.index_ndim
+
+    def others(self, dim: int) -> list[Value]:
+        return [v for d, v in self.indices.items() if d != dim]
+
+
+def region(source: Value, indices: Sequence[Value | None]) -> Region:
+    return Region(source, {d: v for d, v in enumerate(indices) if v is not None})
+
+
+def along(source: Value, dim: int, index: Value) -> Region:
+    """A region of one index with one dim, or none, which counts as one."""
+    return Region(source, {dim % source.ndim: Value(index.sizes or (ONE,), index.place, index.dtype)})
+
+
+def is_mask(index: Value) -> bool:
+    return index.dtype in (torch.bool, torch.uint8)
+
+
+def leads_within(index: Value, source: Value, dim: int) -> bool:
+    """Whether `index` numbers the tokens of `dim` one by one: the rows of a microbatch lead to its own rows."""
+    return index.is_position and index.dim is not None and index.sizes[index.dim] == source.sizes[dim]
+
+
+# ---- Advanced indexing
+
+
+@rule(aten.index.Tensor, aten._unsafe_index.Tensor)
+def index(source: Value, indices: Sequence[Value | None]) -> Ruling:
+    return read(region(source, indices))
+
+
+@rule(aten.index_select.default)
+def index_select(source: Value, dim: int, numbers: Value) -> Ruling:
+    return read(along(source, dim, numbers))
+
+
+@rule(aten.embedding.default)
+def embedding(weight: Value, numbers: Value, *_: Any, **__: Any) -> Ruling:
+    return read(Region(weight, {0: numbers}))
+
+
+@rule(aten.take.default)
+def take(source: Value, numbers: Value) -> Ruling:
+    """Numbers count through all dims of the source."""
+    if source.dim is not None and source.ndim > 1:
+        raise CannotSplit("it reads elements by numbers that count through all tokens")
+    return read(Region(Value((math.prod(source.sizes),), source.place, source.dtype), {0: numbers}))
+
+
+def read(r: Region) -> Ruling:
+    if any(map(is_mask, r.indices.values())):
+        return _read_masked(r)
+    if isinstance(r.source.place, Local):
+        return _read_local(r)
+    return _read_shared(r) if isinstance(r.source.place, Shared) else _read_split(r, carried(r.source))
+
+
+def _read_shared(r: Region) -> Ruling:
+    indices = [*r.indices.values()]
+    if not any(v.is_local for v in indices):
+        return Ruling(Split(r.front + token_dim(indices)))
+    if any(v.dim is not None for v in indices):
+        raise CannotSplit(MIXES)
+    if any(v.is_position and order_of(v) for v in indices):
+        raise CannotSplit("it reads what all tokens share by the row numbers of a microbatch")
+    return Ruling(Local(_order_after(r)))
+
+
+def _read_split(r: Region, dim: int) -> Ruling:
+    source = r.source
+    if dim not in r.indices:
+        if any(not isinstance(v.place, Shared) for v in r.indices.values()):
+            raise CannotSplit(f"its numbers carry tokens as well as dim {dim} of what it reads, and no row of both is alike")
+        return Ruling(Split(r.dim(dim), position=source.is_position))
+    rows, others = r.indices[dim], r.others(dim)
+    if leads_within(rows, source, dim):
+        if source.is_position or any(v.is_position or v.is_local for v in others):
+            raise CannotSplit("it uses row numbers for more than finding the rows of tokens")
+        return Ruling(Split(r.front + token_dim([rows, *others])), local_positions=True)
+    if rows.is_local and rows.is_position:
+        if any(v.dim is not None for v in others):
+            raise CannotSplit(MIXES)
+        order = _order_after(r) if rows.ndim and is_multiple(rows.sizes[0], source.sizes[dim]) else ""
+        return own(Local(order, position=source.is_position), source)
+    raise CannotSplit(f"it reads rows of the token dim {dim} that may belong to another microbatch")
+
+
+def _read_local(r: Region) -> Ruling:
+    source, indices = r.source, [*r.indices.values()]
+    first = r.indices.get(0)
+    if len(indices) == 1 and first is not None and first.ndim == 1 and is_inverse(first):
+        return _returned(source, first)
+    if all(isinstance(v.place, Shared) for v in indices):
+        if not source.is_integer and any(d in r.indices for d in rows_of(source)):
+            raise CannotSplit("it takes rows of a microbatch by their position")
+        order = order_of(source) if 0 not in r.indices and r.dim(0) == 0 else ""
+        return Ruling(Local(order, position=source.is_position))
+    if any(v.is_local for v in indices) and any(v.dim is not None and not v.is_position for v in indices):
+        raise CannotSplit(MIXES)
+    return own(Local(position=source.is_position), *indices)
+
+
+def _read_masked(r: Region) -> Ruling:
+    """A mask over some dims picks rows in their own order; how many they are depends on the data."""
+    source, ((at, mask), *more) = r.source, [*r.indices.items()]
+    if more:
+        raise CannotSplit("it reads by a mask and by numbers at once")
+    if not fits(mask, source, at):
+        raise CannotSplit("it picks by a mask rows that may belong to another microbatch")
+    return own(Local(position=source.is_position), source)
+
+
+def fits(mask: Value, source: Value, at: int) -> bool:
+    """Whether a mask over dims of `source` from `at` on says of each row of a microbatch whether it is picked."""
+    if source.dim is not None and mask.dim is not None:
+        return mask.dim + at == source.dim and mask.sizes[mask.dim] == source.sizes[source.dim]
+    return source.is_local and mask.is_local
+
+
+def is_inverse(index: Value) -> bool:
+    return isinstance(index.place, Local) and index.place.inverse
+
+
+def _returned(source: Value, inverse: Value) -> Ruling:
+    """Rows led back to their tokens, if there are as many for each token; counts stay those of a microbatch."""
+    if source.is_position or rows_per_token(inverse.sizes[0]) is None:
+        return Ruling(Local(position=source.is_position))
+    return put_back(source, inverse)
+
+
+def put_back(rows: Value, numbers: Value) -> Ruling:
+    """The rows of tokens, made of `rows` by `numbers` that lead from or to the order that these are in."""
+    order, wanted = order_of(rows), order_of(numbers)
+    if order and order != wanted:
+        raise CannotSplit(f"the rows were put in order by {order}, but are put back by {wanted}")
+    proven = order != "" and rows.sizes[0] == numbers.sizes[0]
+    return Ruling(Split(0), assumes="" if proven else RETURNED)
+
+
+def _order_after(r: Region) -> str:
+    """The order that dim 0 of the region has by the indices."""
+    place = combined([*r.indices.values()]).place
+    rows_first = all(v.ndim == r.index_ndim for v in r.indices.values() if v.is_local)
+    inverse = any(is_inverse(v) for v in r.indices.values())
+    return place.order if isinstance(place, Local) and r.front == 0 and rows_first and not inverse else ""
+
+
+def is_multiple(rows: sympy.Expr, of: sympy.Expr) -> bool:
+    """Whether each row of `of` may be there equally often: if not, these are numbers of other rows."""
+    times = sympy.expand(rows / of)
+    return rows_per_token(rows) is None or times.is_integer is True and not times.has(TOKENS)
+
+
+def token_dim(values: Sequence[Value]) -> int:
+    """The token dim of values that are broadcast together, none of which is `Local`."""
+    place = combined(values).place
+    assert isinstance(place, Split)
+    return place.dim
+
+
+# ---- Gathering: as many dims as the source, and each number leads along one of them
+
+
+@rule(aten.gather.default)
+def gather(source: Value, dim: int, numbers: Value, **_: Any) -> Ruling:
+    if not source.ndim:
+        raise CannotSplit("it reads a single number")
+    dim %= source.ndim
+    match source.place:
+        case Shared():
+            return _gather_shared(source, dim, numbers)
+        case Split():
+            return _gather_split(source, dim, numbers, carried(source))
+        case _:
+            return _gather_local(source, dim, numbers)
+
+
+def _gather_shared(source: Value, dim: int, numbers: Value) -> Ruling:
+    rows = rows_of(numbers) if numbers.is_local else [carried(numbers)]
+    if rows and rows != [dim]:
+        raise CannotSplit("it reads a row of what all tokens share for each token, by its place among all tokens")
+    if numbers.is_local:
+        return _read_shared(Region(source, {dim: numbers}))
+    return Ruling(Split(dim))
+
+
+def _gather_split(source: Value, dim: int, numbers: Value, tokens: int) -> Ruling:
+    if dim == tokens:
+        return _read_split(Region(source, {dim: numbers}), tokens)
+    if numbers.dim != tokens or numbers.sizes[tokens] != source.sizes[tokens]:
+        raise CannotSplit(f"its numbers do not have the tokens in dim {tokens}, as what it reads has")
+    return Ruling(Split(tokens))
+
+
+def _gather_local(source: Value, dim: int, numbers: Value) -> Ruling:
+    if dim == 0 and is_inverse(numbers):
+        return _returned(source, numbers)
+    if numbers.dim is not None and source.ndim > 1:
+        raise CannotSplit(MIXES)
+    if not numbers.is_local and not source.is_integer and rows_of(source):
+        raise CannotSplit("it takes rows of a microbatch by their position")
+    if dim > 0 and numbers.is_local and order_of(numbers) == order_of(source):
+        return Ruling(ordered(source, order_of(source)))
+    return own(Local(position=source.is_position), numbers)

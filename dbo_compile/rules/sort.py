@@ -1,0 +1,121 @@
+"""Ops whose every result depends on a whole dim: sorting, running sums, searching.
+
+Along other dims than that of the tokens they keep tokens apart. Sorting integers along the tokens, as by expert, is what
+makes a microbatch's rows its own (`Local`): the order gets a name, by which rows find back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dbo_compile.errors import CannotSplit
+from dbo_compile.ir.tokens import FRESH, Local, Placement, Ruling, Split, Value
+from dbo_compile.rules.create import Size, rows_per_token
+from dbo_compile.rules.pointwise import BOUNDED, combined, tensors
+from dbo_compile.rules.reduce import order_of, ordered, own, rows_of, twice
+from dbo_compile.rules.registry import rule
+
+aten = torch.ops.aten
+
+
+def beside(x: Value, dim: int) -> Placement | None:
+    """Where the tokens are after an op along `dim` that keeps its size, or None if that is a dim of rows."""
+    dim %= max(x.ndim, 1)
+    if x.dim is not None:
+        return None if x.dim == dim else Split(x.dim)
+    return None if dim in rows_of(x) else ordered(x, "" if dim == 0 else order_of(x))
+
+
+def is_permutation(x: Value) -> bool:
+    """Whether the numbers lead from an order of rows to those rows in the order of the tokens, one for one."""
+    place = x.place
+    if not isinstance(place, Local) or x.ndim != 1:
+        return False
+    return place.position and not place.inverse and place.order != "" and rows_per_token(x.sizes[0]) is not None
+
+
+@rule(aten.sort.default, aten.sort.stable)
+def sort(x: Value, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> Ruling:
+    """Values, and the numbers of the rows that they come from."""
+    if (place := beside(x, dim)) is not None:
+        return Ruling((place, place))
+    if not x.is_integer:
+        raise CannotSplit("it sorts values of many tokens that are no integers")
+    if isinstance(x.place, Local):
+        values = Local(position=x.is_position)
+        if is_permutation(x) and not descending:
+            return Ruling((values, Local(x.place.order, position=True, inverse=True)))
+        # Rows that are in no order of tokens already: bringing them back to where they were is not the way home.
+        return Ruling((values, Local(position=True)))
+    order = FRESH if x.ndim == 1 else ""
+    return own((Local(order, position=x.is_position), Local(order, position=True)), x)
+
+
+@rule(aten.argsort.default, aten.argsort.stable)
+def argsort(x: Value, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> Ruling:
+    return _part(sort(x, dim, descending), 1)
+
+
+@rule(aten.msort.default)
+def msort(x: Value) -> Ruling:
+    return _part(sort(x, 0), 0)
+
+
+def _part(ruling: Ruling, part: int) -> Ruling:
+    assert isinstance(ruling.place, tuple)
+    return Ruling(ruling.place[part], local_positions=ruling.local_positions)
+
+
+@rule(aten.topk.default)
+def topk(x: Value, k: Size, dim: int = -1, *_: Any) -> Ruling:
+    tensors(k)
+    if (place := beside(x, dim)) is None:
+        raise CannotSplit("it takes the largest among many tokens")
+    return twice(Ruling(place))
+
+
+@rule(aten.cumsum.default)
+def cumsum(x: Value, dim: int, **_: Any) -> Ruling:
+    if (place := beside(x, dim)) is not None:
+        return Ruling(place)
+    if not x.is_integer:
+        raise CannotSplit("it adds up values of many tokens that are no integers")
+    return own(Local(position=True), x)
+
+
+@rule(aten.cumprod.default, aten.logcumsumexp.default)
+def running(x: Value, dim: int, **_: Any) -> Placement:
+    if (place := beside(x, dim)) is None:
+        raise CannotSplit("it runs over many tokens")
+    return place
+
+
+@rule(aten.cummax.default, aten.cummin.default)
+def running_with_place(x: Value, dim: int) -> tuple[Placement, ...]:
+    place = running(x, dim)
+    assert not isinstance(place, Ruling | tuple)
+    return place, place
+
+
+@rule(aten.searchsorted.Tensor, aten.searchsorted.Scalar)
+def searchsorted(haystack: Value, x: Any, *, sorter: Value | None = None, **_: Any) -> Ruling:
+    """Where each of `x` would have to be put in."""
+    found = tensors(x)
+    if sorter is not None:
+        raise CannotSplit("it reads what it searches by the numbers of rows")
+    if haystack.is_local:
+        return own(Local(position=True), *found)
+    if any(v.is_local and v.is_position for v in found):
+        raise CannotSplit(BOUNDED)
+    if haystack.ndim == 1 and haystack.dim is None:
+        return combined(found)
+    if haystack.dim is None or haystack.dim == haystack.ndim - 1 or [v.dim for v in found] != [haystack.dim]:
+        raise CannotSplit("it searches what other tokens hold")
+    return Ruling(Split(haystack.dim))
+
+
+@rule(aten.bucketize.Tensor, aten.bucketize.Scalar)
+def bucketize(x: Any, bounds: Value, **_: Any) -> Ruling:
+    return searchsorted(bounds, x)
