@@ -10,8 +10,11 @@ from dbo_compile import reports
 from tests.integrations.models import MODELS, VOCAB, tiny_model
 
 ALWAYS = {"split": "always", "inner": "eager"}
-# float64; models whose router or norm runs in float32 round differently when a product has fewer rows
 EXACT = {"rtol": 0.0, "atol": 1e-12}
+# These compute their router in float32 whatever the model's dtype, and a product of fewer rows rounds differently: eager
+# on half the rows is as far from eager on all of them.
+FLOAT32 = ("deepseek_v3", "dots1", "glm4_moe", "ernie4_5_moe")
+ROUTED_IN_FLOAT32 = {"rtol": 0.0, "atol": 2e-6}
 
 
 def prompts(batch, length=7, seed=1):
@@ -30,7 +33,10 @@ def test_prefill_equals_eager_in_every_size_from_one_compilation(name):
     with torch.no_grad():
         for batch in (5, 2, 8):
             ids = prompts(batch)
-            torch.testing.assert_close(compiled(ids).logits, reference(ids).logits, **EXACT)
+            got = compiled(ids).logits
+            torch.testing.assert_close(got, reference(ids).logits, **(ROUTED_IN_FLOAT32 if name in FLOAT32 else EXACT))
+            in_turn = [reference(rows).logits for rows in ids.split(-(-batch // 2))]
+            torch.testing.assert_close(got, torch.cat(in_turn), **EXACT)
     assert len(reports()) == before + 1
     assert (the_report().calls, the_report().calls_split) == (3, 3), the_report().decline_counts
     assert the_report().barriers == {}

@@ -129,5 +129,5 @@ def _make_local(model: nn.Module) -> None:
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if isinstance(weight, DTensor):
-                own = nn.Parameter(weight.detach().to_local(), requires_grad=weight.requires_grad)
+                own = nn.Parameter(weight.to_local().detach(), requires_grad=weight.requires_grad)
                 module.register_parameter(name, own)

@@ -31,8 +31,7 @@ from dbo_compile.ir.tokens import (
     TokenMap,
     Value,
 )
-from dbo_compile.rules import RULES
-from dbo_compile.rules.registry import Rule
+from dbo_compile.rules import rule_of
 
 aten = torch.ops.aten
 # Checks on numbers: they have no result, and each microbatch makes them on its own numbers.
@@ -122,7 +121,8 @@ class _Walk:
         return Count() if counts else Shared()
 
     def _apply_rule(self, node: fx.Node) -> Placement | tuple[Placement, ...]:
-        rule = _rule_of(node)
+        if (rule := rule_of(node.target)) is None:
+            raise CannotSplit(f"{node.target} has no placement rule; teach it one with dbo_compile.register_rule")
         ruling = rule(*g.map_nodes(node.args, self._argument), **g.map_nodes(node.kwargs, self._argument))
         if not isinstance(ruling, Ruling):
             ruling = Ruling(ruling)
@@ -194,7 +194,7 @@ class _Regions:
 
 def draws_random_numbers(node: fx.Node) -> bool:
     """By its tag; an op that may or may not (attention with dropout) has a rule, which refuses where it does."""
-    return g.has_tag(node, torch.Tag.nondeterministic_seeded) and node.target not in RULES
+    return g.has_tag(node, torch.Tag.nondeterministic_seeded) and rule_of(node.target) is None
 
 
 def _is_local(place: Placement | tuple[Placement, ...]) -> bool:
@@ -212,9 +212,3 @@ def _named(place: Placement, node: fx.Node) -> Placement:
 def _counts_tokens(size: sympy.Expr) -> bool:
     """Whether a size is k tokens' worth of rows, for some k."""
     return bool(size.has(TOKENS)) and not (size / TOKENS).has(TOKENS)
-
-
-def _rule_of(node: fx.Node) -> Rule:
-    if node.target not in RULES:
-        raise CannotSplit(f"{node.target} has no placement rule; teach it one with dbo_compile.register_rule")
-    return RULES[node.target]

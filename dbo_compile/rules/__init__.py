@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from dbo_compile.rules import attention, contract, create, pieces, pointwise, view
-from dbo_compile.rules.registry import RULES, rule
+from dbo_compile.rules import attention, comm, contract, create, index, pieces, pointwise, reduce, scatter, sort, view
+from dbo_compile.rules.registry import RULES, rule, rule_of
 
-__all__ = ["RULES", "attention", "contract", "create", "pieces", "pointwise", "rule", "view"]
+__all__ = [
+    "RULES",
+    "attention",
+    "comm",
+    "contract",
+    "create",
+    "index",
+    "pieces",
+    "pointwise",
+    "reduce",
+    "rule",
+    "rule_of",
+    "scatter",
+    "sort",
+    "view",
+]

@@ -16,17 +16,27 @@ import sympy
 import torch
 
 from dbo_compile.errors import CannotSplit
-from dbo_compile.ir.tokens import TOKENS, Local, Ruling, Shared, Split, Value
+from dbo_compile.ir.tokens import Local, Ruling, Shared, Split, Value
 from dbo_compile.rules.create import rows_per_token
-from dbo_compile.rules.pointwise import carried, combined, tensors
-from dbo_compile.rules.reduce import order_of, ordered, own, rows_of
+from dbo_compile.rules.pointwise import carried, combined
 from dbo_compile.rules.registry import rule
+from dbo_compile.rules.rows import (
+    MIXES,
+    fits,
+    is_inverse,
+    is_multiple,
+    leads_within,
+    order_of,
+    ordered,
+    own,
+    put_back,
+    rows_of,
+    token_dim,
+)
 
 aten = torch.ops.aten
 
 ONE = sympy.Integer(1)
-RETURNED = "the rows it puts back are in the order in which they were taken from their tokens"
-MIXES = "it mixes rows in the order of the tokens with rows in an order of their own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +80,6 @@ def along(source: Value, dim: int, index: Value) -> Region:
 
 def is_mask(index: Value) -> bool:
     return index.dtype in (torch.bool, torch.uint8)
-
-
-def leads_within(index: Value, source: Value, dim: int) -> bool:
-    """Whether `index` numbers the tokens of `dim` one by one: the rows of a microbatch lead to its own rows."""
-    return index.is_position and index.dim is not None and index.sizes[index.dim] == source.sizes[dim]
 
 
 # ---- Advanced indexing
@@ -126,7 +131,7 @@ def _read_split(r: Region, dim: int) -> Ruling:
     source = r.source
     if dim not in r.indices:
         if any(not isinstance(v.place, Shared) for v in r.indices.values()):
-            raise CannotSplit(f"its numbers carry tokens as well as dim {dim} of what it reads, and no row of both is alike")
+            raise CannotSplit(f"its numbers carry tokens, and so does dim {dim} of what it reads")
         return Ruling(Split(r.dim(dim), position=source.is_position))
     rows, others = r.indices[dim], r.others(dim)
     if leads_within(rows, source, dim):
@@ -138,7 +143,11 @@ def _read_split(r: Region, dim: int) -> Ruling:
             raise CannotSplit(MIXES)
         order = _order_after(r) if rows.ndim and is_multiple(rows.sizes[0], source.sizes[dim]) else ""
         return own(Local(order, position=source.is_position), source)
-    raise CannotSplit(f"it reads rows of the token dim {dim} that may belong to another microbatch")
+    raise CannotSplit(foreign(dim))
+
+
+def foreign(dim: int) -> str:
+    return f"it reads rows of the token dim {dim} that may belong to another microbatch"
 
 
 def _read_local(r: Region) -> Ruling:
@@ -166,31 +175,11 @@ def _read_masked(r: Region) -> Ruling:
     return own(Local(position=source.is_position), source)
 
 
-def fits(mask: Value, source: Value, at: int) -> bool:
-    """Whether a mask over dims of `source` from `at` on says of each row of a microbatch whether it is picked."""
-    if source.dim is not None and mask.dim is not None:
-        return mask.dim + at == source.dim and mask.sizes[mask.dim] == source.sizes[source.dim]
-    return source.is_local and mask.is_local
-
-
-def is_inverse(index: Value) -> bool:
-    return isinstance(index.place, Local) and index.place.inverse
-
-
 def _returned(source: Value, inverse: Value) -> Ruling:
     """Rows led back to their tokens, if there are as many for each token; counts stay those of a microbatch."""
     if source.is_position or rows_per_token(inverse.sizes[0]) is None:
         return Ruling(Local(position=source.is_position))
     return put_back(source, inverse)
-
-
-def put_back(rows: Value, numbers: Value) -> Ruling:
-    """The rows of tokens, made of `rows` by `numbers` that lead from or to the order that these are in."""
-    order, wanted = order_of(rows), order_of(numbers)
-    if order and order != wanted:
-        raise CannotSplit(f"the rows were put in order by {order}, but are put back by {wanted}")
-    proven = order != "" and rows.sizes[0] == numbers.sizes[0]
-    return Ruling(Split(0), assumes="" if proven else RETURNED)
 
 
 def _order_after(r: Region) -> str:
@@ -199,19 +188,6 @@ def _order_after(r: Region) -> str:
     rows_first = all(v.ndim == r.index_ndim for v in r.indices.values() if v.is_local)
     inverse = any(is_inverse(v) for v in r.indices.values())
     return place.order if isinstance(place, Local) and r.front == 0 and rows_first and not inverse else ""
-
-
-def is_multiple(rows: sympy.Expr, of: sympy.Expr) -> bool:
-    """Whether each row of `of` may be there equally often: if not, these are numbers of other rows."""
-    times = sympy.expand(rows / of)
-    return rows_per_token(rows) is None or times.is_integer is True and not times.has(TOKENS)
-
-
-def token_dim(values: Sequence[Value]) -> int:
-    """The token dim of values that are broadcast together, none of which is `Local`."""
-    place = combined(values).place
-    assert isinstance(place, Split)
-    return place.dim
 
 
 # ---- Gathering: as many dims as the source, and each number leads along one of them
@@ -241,8 +217,12 @@ def _gather_shared(source: Value, dim: int, numbers: Value) -> Ruling:
 
 
 def _gather_split(source: Value, dim: int, numbers: Value, tokens: int) -> Ruling:
-    if dim == tokens:
+    if dim == tokens and numbers.is_local:
         return _read_split(Region(source, {dim: numbers}), tokens)
+    if dim == tokens:
+        if numbers.dim != dim or source.is_position or not leads_within(numbers, source, dim):
+            raise CannotSplit(foreign(dim))
+        return Ruling(Split(dim), local_positions=True)
     if numbers.dim != tokens or numbers.sizes[tokens] != source.sizes[tokens]:
         raise CannotSplit(f"its numbers do not have the tokens in dim {tokens}, as what it reads has")
     return Ruling(Split(tokens))

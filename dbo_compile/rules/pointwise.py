@@ -41,8 +41,9 @@ PRIMS = (
 )  # fmt: skip
 UNTAGGED = (
     aten._conj.default, aten._neg_view.default, aten._prelu_kernel.default, aten.complex.default, aten.copy.default,
-    aten.fill.Scalar, aten.fill.Tensor, aten.hardswish.default, aten.imag.default, aten.masked_fill.Tensor, aten.polar.default, aten.real.default, aten.rsub.Tensor,
-    aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf, aten.zero.default,
+    aten.fill.Scalar, aten.fill.Tensor, aten.floor_divide.default, aten.hardswish.default, aten.imag.default,
+    aten.masked_fill.Tensor, aten.polar.default, aten.real.default, aten.rsub.Tensor, aten.where.Scalar,
+    aten.where.ScalarOther, aten.where.ScalarSelf, aten.zero.default,
 )  # fmt: skip
 
 BOUNDED = "it compares positions or counts of rows with a bound: which rows pass would depend on the split"

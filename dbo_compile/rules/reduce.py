@@ -16,30 +16,12 @@ from dbo_compile.ir.tokens import FRESH, Local, Placement, Ruling, Shared, Split
 from dbo_compile.rules.create import Size
 from dbo_compile.rules.pointwise import tensors
 from dbo_compile.rules.registry import rule
+from dbo_compile.rules.rows import order_of, ordered, own, rows_of
 
 aten = torch.ops.aten
 
 Dims = int | Sequence[int] | None
 OVER_ROWS = "it reduces over rows of many tokens"
-
-
-def own(place: Placement | tuple[Placement, ...], *read: Any) -> Ruling:
-    """Rows of a microbatch's own: what it reads as row numbers are row numbers inside the microbatch, then."""
-    return Ruling(place, local_positions=any(v.is_position and v.dim is not None for v in tensors(read)))
-
-
-def rows_of(x: Value) -> list[int]:
-    """The dims of a value without tokens that count rows of theirs all the same."""
-    return [d for d in range(x.ndim) if x.is_rows(d)]
-
-
-def ordered(x: Value, order: str) -> Local:
-    """What is made of the numbers in `x` no longer leads to rows, so it may be in an order only if they did not."""
-    return Local(position=True) if x.is_position else Local(order)
-
-
-def order_of(x: Value) -> str:
-    return x.place.order if isinstance(x.place, Local) else ""
 
 
 def reduced(x: Value, dims: Dims, *, keepdim: bool = False, counts: bool = False) -> Ruling:

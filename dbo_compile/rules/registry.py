@@ -19,7 +19,10 @@ RULES: Mapping[Any, Rule] = MappingProxyType(_rules)
 
 
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register the function as the rule of each op overload in `targets`; a second rule for one op is an error."""
+    """Register the function as the rule of each op overload in `targets`; a second rule for one op is an error.
+
+    A target may be the name of an overload, `library.op.default`, of a library that need not be there.
+    """
 
     def register(fn: Rule) -> Rule:
         for target in targets:
@@ -29,3 +32,8 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
         return fn
 
     return register
+
+
+def rule_of(target: Any) -> Rule | None:
+    """The rule of an op overload, or None; ops of libraries that may not be there are registered by name."""
+    return _rules.get(target) or _rules.get(str(target))

@@ -1,7 +1,7 @@
 """Ops whose every result depends on a whole dim: sorting, running sums, searching.
 
-Along other dims than that of the tokens they keep tokens apart. Sorting integers along the tokens, as by expert, is what
-makes a microbatch's rows its own (`Local`): the order gets a name, by which rows find back.
+Along other dims than that of the tokens they keep tokens apart. Sorting integers along the tokens, as by expert, makes a
+microbatch's rows its own (`Local`): the order gets a name, by which rows find back.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import torch
 
 from dbo_compile.errors import CannotSplit
 from dbo_compile.ir.tokens import FRESH, Local, Placement, Ruling, Split, Value
-from dbo_compile.rules.create import Size, rows_per_token
+from dbo_compile.rules.create import Size
 from dbo_compile.rules.pointwise import BOUNDED, combined, tensors
-from dbo_compile.rules.reduce import order_of, ordered, own, rows_of, twice
+from dbo_compile.rules.reduce import twice
 from dbo_compile.rules.registry import rule
+from dbo_compile.rules.rows import is_permutation, order_of, ordered, own, rows_of
 
 aten = torch.ops.aten
 
@@ -28,44 +29,35 @@ def beside(x: Value, dim: int) -> Placement | None:
     return None if dim in rows_of(x) else ordered(x, "" if dim == 0 else order_of(x))
 
 
-def is_permutation(x: Value) -> bool:
-    """Whether the numbers lead from an order of rows to those rows in the order of the tokens, one for one."""
-    place = x.place
-    if not isinstance(place, Local) or x.ndim != 1:
-        return False
-    return place.position and not place.inverse and place.order != "" and rows_per_token(x.sizes[0]) is not None
-
-
 @rule(aten.sort.default, aten.sort.stable)
 def sort(x: Value, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> Ruling:
-    """Values, and the numbers of the rows that they come from."""
-    if (place := beside(x, dim)) is not None:
-        return Ruling((place, place))
-    if not x.is_integer:
-        raise CannotSplit("it sorts values of many tokens that are no integers")
-    if isinstance(x.place, Local):
-        values = Local(position=x.is_position)
-        if is_permutation(x) and not descending:
-            return Ruling((values, Local(x.place.order, position=True, inverse=True)))
-        # Rows that are in no order of tokens already: bringing them back to where they were is not the way home.
-        return Ruling((values, Local(position=True)))
-    order = FRESH if x.ndim == 1 else ""
-    return own((Local(order, position=x.is_position), Local(order, position=True)), x)
+    return own(_sorted(x, dim, descending=descending), x)
 
 
 @rule(aten.argsort.default, aten.argsort.stable)
 def argsort(x: Value, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> Ruling:
-    return _part(sort(x, dim, descending), 1)
+    return own(_sorted(x, dim, descending=descending)[1], x)
 
 
 @rule(aten.msort.default)
 def msort(x: Value) -> Ruling:
-    return _part(sort(x, 0), 0)
+    return own(_sorted(x, 0)[0], x)
 
 
-def _part(ruling: Ruling, part: int) -> Ruling:
-    assert isinstance(ruling.place, tuple)
-    return Ruling(ruling.place[part], local_positions=ruling.local_positions)
+def _sorted(x: Value, dim: int, *, descending: bool = False) -> tuple[Placement, Placement]:
+    """Values, and the numbers of the rows that they come from."""
+    if (place := beside(x, dim)) is not None:
+        return place, place
+    if not x.is_integer:
+        raise CannotSplit("it sorts values of many tokens that are no integers")
+    if isinstance(x.place, Split):
+        order = FRESH if x.ndim == 1 else ""
+        return Local(order, position=x.is_position), Local(order, position=True)
+    values = Local(position=x.is_position)
+    if is_permutation(x) and not descending:
+        return values, Local(order_of(x), position=True, inverse=True)
+    # These rows were in no order of tokens before: the way back to where they were does not lead to tokens.
+    return values, Local(position=True)
 
 
 @rule(aten.topk.default)
@@ -100,22 +92,26 @@ def running_with_place(x: Value, dim: int) -> tuple[Placement, ...]:
 
 
 @rule(aten.searchsorted.Tensor, aten.searchsorted.Scalar)
-def searchsorted(haystack: Value, x: Any, *, sorter: Value | None = None, **_: Any) -> Ruling:
-    """Where each of `x` would have to be put in."""
-    found = tensors(x)
-    if sorter is not None:
-        raise CannotSplit("it reads what it searches by the numbers of rows")
-    if haystack.is_local:
-        return own(Local(position=True), *found)
-    if any(v.is_local and v.is_position for v in found):
-        raise CannotSplit(BOUNDED)
-    if haystack.ndim == 1 and haystack.dim is None:
-        return combined(found)
-    if haystack.dim is None or haystack.dim == haystack.ndim - 1 or [v.dim for v in found] != [haystack.dim]:
-        raise CannotSplit("it searches what other tokens hold")
-    return Ruling(Split(haystack.dim))
+def searchsorted(bounds: Value, x: Any, *, sorter: Value | None = None, **_: Any) -> Ruling:
+    return _searched(bounds, x, sorter)
 
 
 @rule(aten.bucketize.Tensor, aten.bucketize.Scalar)
 def bucketize(x: Any, bounds: Value, **_: Any) -> Ruling:
-    return searchsorted(bounds, x)
+    return _searched(bounds, x, None)
+
+
+def _searched(bounds: Value, x: Any, sorter: Value | None) -> Ruling:
+    """Between which of the sorted `bounds` each of `x` lies."""
+    found = tensors(x)
+    if sorter is not None:
+        raise CannotSplit("it reads what it searches by the numbers of rows")
+    if bounds.is_local:
+        return own(Local(position=True), *found)
+    if any(v.is_local and v.is_position for v in found):
+        raise CannotSplit(BOUNDED)
+    if bounds.ndim == 1 and bounds.dim is None:
+        return combined(found)
+    if bounds.dim is None or bounds.dim == bounds.ndim - 1 or [v.dim for v in found] != [bounds.dim]:
+        raise CannotSplit("it searches what other tokens hold")
+    return Ruling(Split(bounds.dim))

@@ -1,17 +1,18 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 
 from dbo_compile.errors import CannotSplit
 from dbo_compile.ir.tokens import TOKENS as T
 from dbo_compile.ir.tokens import Local, Number, Shared, Split
-from tests.rules.truth import Along, ask, claim, count, local, shape, shared, tokens
+from tests.rules.truth import Along, ask, claim, count, local, shared, tokens
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-S, U = shape("s", "u")
+S, U = (sympy.Symbol(name, integer=True, positive=True) for name in "su")
 OWN = Number(U, Local(position=True))
 
 

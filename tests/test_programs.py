@@ -1,0 +1,155 @@
+"""Programs of a real model with expert parallelism, on one rank: what is on which lane, what the proof refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dbo_compile import reports
+from dbo_compile.errors import InvalidProgram, InvalidSchedule
+from dbo_compile.integrations.transformers import expert_parallel
+from dbo_compile.ir.program import End, Free, Record, Run, Wait
+from dbo_compile.ir.proof import verify_program
+from dbo_compile.ir.schedule import Lane
+from dbo_compile.ir.verify import verify_schedule
+from dbo_compile.runtime.clock import simulate
+from tests.integrations.models import VOCAB, tiny_model
+
+ALWAYS = {"split": "always", "inner": "eager"}
+
+
+@pytest.fixture(scope="module")
+def _one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def levels_of(num_layers, implementation="dbo", **options):
+    """The levels of qwen3_moe with that many layers, after a call that was checked against eager."""
+    torch._dynamo.reset()
+    ids = torch.randint(0, VOCAB, (6, 7))
+    want = tiny_model("qwen3_moe", experts="batched_mm", num_hidden_layers=num_layers)
+    model = tiny_model("qwen3_moe", experts="grouped_mm", num_hidden_layers=num_layers)
+    expert_parallel(model, ep_implementation=implementation)
+    compiled = torch.compile(model, backend="dbo", options=ALWAYS | options, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, want(ids).logits, rtol=0.0, atol=1e-12)
+    assert reports()[-1].calls_split == 1, reports()[-1].reason
+    return reports()[-1].levels
+
+
+@pytest.fixture(scope="module")
+def levels(_one_rank):
+    return levels_of(3)
+
+
+@pytest.mark.parametrize("implementation", ["dbo", "dbo_static"])
+def test_every_all_to_all_is_on_the_comm_lane_and_nothing_is_a_barrier(_one_rank, implementation):
+    levels = levels_of(2, implementation)
+    comm = [s for s in levels.outline.segments.values() if s.lane is Lane.COMM]
+    exchanges = [n for n in levels.graph.nodes if "all_to_all_single" in str(n.target)]
+    assert len(comm) == len(exchanges) == 6
+    assert all("all_to_all" in s.name and s.group for s in comm)
+    assert dict(levels.tokens.barriers) == {}
+
+
+def test_more_layers_are_no_more_codes(_one_rank):
+    assert len(levels_of(3).outline.codes) == len(levels_of(8).outline.codes)
+
+
+def test_equal_costs_keep_both_lanes_busy_in_the_steady_state(_one_rank):
+    """On the clock, all layers but the first and the last two."""
+    levels = levels_of(8)
+    host = {s.name for s in levels.outline.segments.values() if s.host}
+    timeline = simulate(levels.program, lambda run: 0.0 if run.segment in host else 1.0)
+    steady = [i for i in timeline.intervals if any(f"layers_{n}_" in i.segment for n in range(2, 6))]
+    begin, end = min(i.start for i in steady), max(i.end for i in steady)
+    for lane in Lane:
+        busy = sum(min(i.end, end) - max(i.start, begin) for i in timeline.on(lane) if i.end > begin and i.start < end)
+        assert busy >= 0.9 * (end - begin), f"{lane.value} works {busy} of {end - begin}"
+
+
+def test_the_policies_differ_in_overlap_alone(_one_rank):
+    makespan = {}
+    for policy in ("sequential", "alternate", "list"):
+        levels = levels_of(3, policy=policy)
+        makespan[policy] = simulate(levels.program, lambda run: 1.0).makespan
+    assert makespan["list"] <= makespan["alternate"] < makespan["sequential"]
+
+
+def test_the_schedule_is_text_both_ways(levels):
+    assert levels.schedule.with_steps(str(levels.schedule)) == levels.schedule
+
+
+# -- the proof on this program ----------------------------------------------------------------------------------------
+
+
+def refused(program, instrs):
+    with pytest.raises(InvalidProgram, match="<-- HERE"):
+        verify_program(replace(program, instrs=tuple(instrs)))
+
+
+def places(program, kind):
+    found = [i for i, instr in enumerate(program.instrs) if isinstance(instr, kind)]
+    assert found
+    return found
+
+
+def test_every_dropped_wait_is_refused(levels):
+    program = levels.program
+    for at in places(program, Wait):
+        refused(program, program.instrs[:at] + program.instrs[at + 1 :])
+
+
+def test_every_record_moved_behind_the_next_segment_of_its_lane_is_refused(levels):
+    program = levels.program
+    for at in places(program, Record):
+        instr = program.instrs[at]
+        later = next(
+            (i for i in places(program, Run) if i > at and program.instrs[i].lane is instr.lane), len(program.instrs)
+        )
+        waits = [i for i in places(program, Wait) if program.instrs[i].event == instr.event]
+        if later < min(waits):
+            moved = (*program.instrs[:at], *program.instrs[at + 1 : later + 1], instr, *program.instrs[later + 1 :])
+            refused(program, moved)
+
+
+def test_every_free_moved_before_the_last_reader_is_refused(levels):
+    program = levels.program
+    for at in places(program, Free):
+        for reg in program.instrs[at].regs:
+            readers = [i for i in places(program, Run) if i < at and reg in program.instrs[i].ins]
+            if readers:
+                instrs = list(program.instrs)
+                instrs[at] = Free(tuple(r for r in program.instrs[at].regs if r != reg) or ())
+                instrs.insert(readers[-1], Free((reg,)))
+                refused(program, instrs)
+
+
+def test_collectives_swapped_on_one_microbatch_are_refused(levels):
+    comm = [s for s in levels.schedule.steps if levels.outline.segments[s.segment].lane is Lane.COMM]
+    for microbatch in (0, 1):
+        for first, second in pairwise(s for s in comm if s.microbatch == microbatch):
+            swap = {first: second, second: first}
+            steps = tuple(swap.get(s, s) for s in levels.schedule.steps)
+            with pytest.raises(InvalidSchedule):
+                verify_schedule(replace(levels.schedule, steps=steps))
+
+
+def test_a_segment_played_twice_or_not_at_all_is_refused(levels):
+    program = levels.program
+    for at in places(program, Run):
+        refused(program, (*program.instrs[: at + 1], *program.instrs[at:]))
+        refused(program, program.instrs[:at] + program.instrs[at + 1 :])
+
+
+def test_a_result_read_before_it_is_made_is_refused(levels):
+    program = levels.program
+    end = program.instrs[places(program, End)[0]]
+    at = next(i for i, instr in enumerate(program.instrs) if isinstance(instr, Run) and instr.outs)
+    refused(program, (*program.instrs[:at], end, *program.instrs[at:-1]))
