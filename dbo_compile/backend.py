@@ -21,7 +21,7 @@ from dbo_compile.ir.tokens import TOKENS, TokenMap
 from dbo_compile.ir.verify import verify_schedule
 from dbo_compile.log import logger, setup_from_environment
 from dbo_compile.passes.analyze import analyze
-from dbo_compile.passes.cost import seconds
+from dbo_compile.passes.cost import CostModel
 from dbo_compile.passes.cut import cut, unsplit_writes
 from dbo_compile.passes.emit import emit
 from dbo_compile.passes.inner import compile_codes
@@ -80,10 +80,18 @@ def compile_graph(gm: fx.GraphModule, tokens: Sequence[capture.TokenTensor], con
     position = compat.argument_positions(inputs)
     token_dims = {inputs[position[t.index]]: t.dim for t in tokens}
     symbols = tuple(dict.fromkeys(g.expression(g.value(n).shape[d]) for n, d in token_dims.items()))
+    if not all(symbol.is_Symbol for symbol in symbols):
+        raise NotSplit(capture.SPECIALISED)
+    for node, dim in token_dims.items():
+        others = [s for d, s in enumerate(g.value(node).shape) if d != dim]
+        if any(g.expression(s).has(*symbols) for s in others):
+            raise NotSplit(f"{node.name} has another dim whose size is traced as the number of tokens: call it first "
+                           "with a number of tokens that is no other size of the model")
 
     placed = analyze(gm.graph, token_dims, symbols, whole={})
     segments = outline(gm, cut(gm.graph, placed), placed, symbols)
-    costs = {name: seconds(segments.groups[name]) for name in segments.codes}
+    model = CostModel(gm.graph)
+    costs = {name: model.seconds(segments.groups[name]) for name in segments.codes}
 
     def cost(step: Step | Run) -> float:
         return costs[segments.segments[step.segment].code]

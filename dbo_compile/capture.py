@@ -16,6 +16,9 @@ from dbo_compile.errors import NotSplit
 from dbo_compile.rules.collectives import comm_op
 
 
+SPECIALISED = "the model was specialised to the number of tokens that it was first called with"
+
+
 @dataclass(frozen=True, slots=True)
 class TokenTensor:
     """An argument that carries tokens: where it stands among the arguments, its token dim, its name for people."""
@@ -91,4 +94,4 @@ def make_symbolic(tokens: Sequence[TokenTensor]) -> None:
     if any([compat.ask_for_dynamic(t.tensor, t.dim) for t in fixed]):
         compat.trace_again("dbo: the token dim becomes a symbol")
     names = ", ".join(f"{t.name} (dim {t.dim})" for t in fixed)
-    raise NotSplit(f"the model was specialised to the number of tokens it was first called with, in {names}")
+    raise NotSplit(f"{SPECIALISED}, in {names}")

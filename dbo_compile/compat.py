@@ -42,12 +42,12 @@ Compiled = Callable[..., Any]
 
 
 def is_parameter(placeholder: fx.Node, tensor: torch.Tensor) -> bool:
-    """Whether a placeholder of a Dynamo graph is a parameter or buffer of the model rather than an argument.
+    """Whether an input of a Dynamo graph is a parameter or buffer of the model, by where it comes from.
 
-    A tensor that the user marked to have a fixed address ("guarded", a static KV cache) is an argument.
+    A tensor of a fixed address need not be one: static KV caches are marked so, and carry tokens.
     """
-    kind = placeholder.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
-    return isinstance(tensor, torch.nn.Parameter) or kind == "unguarded"
+    owned = any(part in source_name(placeholder) for part in ("._parameters[", "._buffers["))
+    return isinstance(tensor, torch.nn.Parameter) or owned
 
 
 def source_name(placeholder: fx.Node) -> str:
@@ -195,8 +195,12 @@ def segment_inductor(gm: fx.GraphModule, inputs: Sequence[Any], shapes: SegmentS
 
 
 def graph_guards(val: torch.SymInt) -> list[sympy.Expr]:
-    """What tracing assumed of the symbols of the shape environment that `val` belongs to."""
-    return [guard.expr for guard in val.node.shape_env.guards]
+    """What tracing assumed of the symbols of the shape environment that `val` belongs to.
+
+    Symbols that turned out to be equal are written as one, so what says so is no guard any more.
+    """
+    env = val.node.shape_env
+    return [expr for guard in env.guards if (expr := env.replace(guard.expr)) is not sympy.true]
 
 
 def evaluate(expr: sympy.Expr, values: Mapping[sympy.Symbol, Any]) -> Any:

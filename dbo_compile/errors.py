@@ -24,3 +24,11 @@ class InvalidSchedule(DboError):
 
 class InvalidProgram(DboError):
     """A program could race, hang or leak: the message prints it with the place marked."""
+
+
+class Disagreement(DboError):
+    """Ranks would not play the same thing; raised on every one of them, with the same words, instead of a hang."""
+
+
+class RankLost(DboError):
+    """A rank died, stalled or left, so that no step can be agreed on; the message names it."""

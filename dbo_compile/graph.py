@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -155,18 +156,11 @@ def module_path(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str:
     """The user's line that `node` comes from: `file.py:12, code`; "" for none."""
     trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    at = max((i for i, line in enumerate(trace) if line.startswith("File ")), default=None)
-    if at is None:
+    frames = [i for i, line in enumerate(trace) if line.startswith("File ")]
+    if not frames:
         return ""
+    own = [i for i in frames if f"{os.sep}torch{os.sep}" not in trace[i]]  # `F.pad` is no line of the user's
+    at = (own or frames)[-1]
     file, line = trace[at].removeprefix("File ").split(", ")[:2]
     code = trace[at + 1] if at + 1 < len(trace) else ""
     return f"{file.strip(chr(34))}:{line.removeprefix('line ')}, {code}"
-
-
-def copy_meta(new: fx.Node, old: fx.Node) -> None:
-    """Give a copied node the value and the provenance of the old one."""
-    new.meta = dict(old.meta)
-
-
-def set_value(node: fx.Node, val: Any) -> None:
-    node.meta["val"] = val

@@ -121,6 +121,8 @@ class _Walk:
         return Count() if counts else Shared()
 
     def _apply_rule(self, node: fx.Node) -> Placement | tuple[Placement, ...]:
+        if whole := [n for n in node.all_input_nodes if self._is_whole(n)]:
+            raise CannotSplit(f"it reads {whole[0].name}, whose size counts the tokens of all microbatches")
         if (rule := rule_of(node.target)) is None:
             raise CannotSplit(f"{node.target} has no placement rule; teach it one with dbo_compile.register_rule")
         ruling = rule(*g.map_nodes(node.args, self._argument), **g.map_nodes(node.kwargs, self._argument))
@@ -133,6 +135,12 @@ class _Walk:
         if isinstance(ruling.place, tuple):
             return tuple(_named(p, node) for p in ruling.place)
         return _named(ruling.place, node)
+
+    def _is_whole(self, node: fx.Node) -> bool:
+        """Whether a value is the same for all microbatches and yet has a size that counts tokens."""
+        val = g.value(node)
+        sizes = val.shape if isinstance(val, torch.Tensor) else ()
+        return self.places[node] == Shared() and any(self._expr(s).has(TOKENS) for s in sizes)
 
     def _argument(self, node: fx.Node) -> Any:
         val, place = g.value(node), self.places[node]

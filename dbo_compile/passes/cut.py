@@ -217,7 +217,7 @@ class _Cutter:
         """Whether something on another lane, or played once, waits for a node through nodes of its own level."""
         feeds: dict[fx.Node, bool] = {}
         for node in reversed(self.nodes):
-            ends = any(u.op == "output" for u in node.users) or bool(g.written(node))
+            ends = any(u.op == "output" for u in node.users) or bool(g.written(node)) or _is_host(node)
             feeds[node] = ends or any(
                 self.mode[u] != self.mode[node] or (level[u] == level[node] and feeds[u]) for u in self.users[node]
             )

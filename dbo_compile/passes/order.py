@@ -10,13 +10,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import groupby
 
 from dbo_compile.ir.needs import needed_steps, needs_of, steps_of
 from dbo_compile.ir.schedule import Lane, Schedule, Segment, Step
 
 Cost = Callable[[Step], float]
+PATIENCE = 0.25
+"""The share of its own time that a step may be held up by a short one (`_Lanes._small`)."""
+SCAN = 8
+"""How many of the steps that are ready are looked at for a short one: enough for real models, and linear."""
 HOST_TICKS = 0.05
 """What reading a few counts on the host takes, where a stretch of compute or a collective takes 1."""
 
@@ -153,15 +157,33 @@ class _Lanes:
                 self._come(step)
 
     def pick(self) -> Step:
-        """Take the step that starts next."""
-        lane = min(Lane, key=self._next_start)
+        """Take the step that starts next; of two lanes the comm lane, as what it does may feed the other."""
+        lane = min(Lane, key=lambda lane: (self._next_start(lane), lane is Lane.COMPUTE))
         start = self._next_start(lane)
         while self.coming[lane] and self.coming[lane][0][0] <= start:
             _, rank, step = heappop(self.coming[lane])
             heappush(self.ready[lane], (rank, step))
-        _, step = heappop(self.ready[lane])
-        self._play(step, lane, start)
+        step = self._small(lane, start) or heappop(self.ready[lane])[1]
+        self._play(step, lane, max(start, self.arrival[step]))
         return step
+
+    def _small(self, lane: Lane, start: float) -> Step | None:
+        """A step so short, and so soon there, that the step whose turn it is hardly waits for it.
+
+        Counting rows and reading the counts holds up an exchange: behind a long stretch of compute of the other
+        microbatch it would leave the comm lane idle for as long.
+        """
+        _, first = self.ready[lane][0]
+        deadline = start + PATIENCE * self.task.cost(first)
+        small = [e for e in self.ready[lane][:SCAN] if start + self.task.cost(e[1]) <= deadline and e[1] != first]
+        if small:
+            entry = min(small)
+            self.ready[lane].remove(entry)
+            heapify(self.ready[lane])
+            return entry[1]
+        if self.coming[lane] and self.coming[lane][0][0] + self.task.cost(self.coming[lane][0][2]) <= deadline:
+            return heappop(self.coming[lane])[2]
+        return None
 
     def _next_start(self, lane: Lane) -> float:
         if self.ready[lane]:

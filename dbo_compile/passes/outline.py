@@ -19,6 +19,7 @@ from dbo_compile import compat
 from dbo_compile import graph as g
 from dbo_compile.ir.schedule import ROWS, START, Lane, Segment
 from dbo_compile.ir.tokens import TOKENS, Placement, Split, TokenMap
+from dbo_compile.passes.analyze import CHECKS
 from dbo_compile.passes.cut import Cut, Group, Kind
 from dbo_compile.passes.name import names_of
 from dbo_compile.rules.collectives import comm_op, is_wait
@@ -288,7 +289,8 @@ def _canonical(code: Code) -> str:
     for i, node in enumerate(code.module.graph.nodes):
         index[node] = f"%{i}"
         target = "" if node.op == "placeholder" else _target(node, code.module)
-        lines.append(f"{node.op} {target} {g.map_nodes((node.args, node.kwargs), lambda n: (index[n],))}")
+        args = node.args[:1] if node.target in CHECKS else node.args  # the message of a check names its nodes
+        lines.append(f"{node.op} {target} {g.map_nodes((args, node.kwargs), lambda n: (index[n],))}")
     return "\n".join(lines)
 
 

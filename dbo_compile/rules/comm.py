@@ -83,9 +83,9 @@ def all_gather_coalesced(xs: Sequence[Value], group_size: int, group: Any) -> Ru
 
 
 def reduce_scatter_coalesced(xs: Sequence[Value], op: str, group_size: int, group: Any) -> Ruling:
-    return _together(
-        [Ruling(x.place) if isinstance(x.place, Shared) else reduce_scatter(x, op, group_size, group) for x in xs]
-    )
+    return _together([
+        Ruling(x.place) if isinstance(x.place, Shared) else reduce_scatter(x, op, group_size, group) for x in xs
+    ])
 
 
 def _together(rulings: Sequence[Ruling]) -> Ruling:

@@ -6,6 +6,7 @@ Adding up rows of tokens, or a microbatch's own rows (`Local`), would need all t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from string import ascii_lowercase
 from typing import Any
 
@@ -56,11 +57,10 @@ def _contracted_local(terms: Terms, out: str) -> Local:
             raise CannotSplit("it multiplies tokens by rows of a microbatch that are in an order of their own")
         if not v.is_local and (rows & set(term) or any(size.has(TOKENS) for size in v.sizes)):
             raise CannotSplit(f"it multiplies a value {list(v.sizes)} of all tokens by a microbatch's own rows")
-    own = [v for _, v in terms if v.is_local]
-    first = [v for term, v in terms if out and term.startswith(out[0])]
-    kept = own == first and len(first) == 1 and sum(out[0] in term for term, _ in terms) == 1
-    order = own[0].place.order if kept and isinstance(own[0].place, Local) else ""
-    return Local(order, position=any(v.is_position for v in own))
+    own = [(term, v.place) for term, v in terms if isinstance(v.place, Local)]
+    holders = [term for term, _ in terms if out[:1] in term]
+    kept = out and len(own) == 1 and holders == [own[0][0]] and holders[0].startswith(out[0])
+    return Local(own[0][1].order if kept else "", position=any(place.position for _, place in own))
 
 
 @rule(aten.mm.default, aten.mm.dtype, aten._int_mm.default)
@@ -166,6 +166,17 @@ def grouped_mm(
     if x.ndim != 2 or weight.ndim != 3 or x.is_rows(1):
         raise CannotSplit("it sums over rows of a microbatch that are in an order of their own")
     return Local(x.place.order if isinstance(x.place, Local) else "", position=x.is_position)
+
+
+@rule(aten.linalg_solve_triangular.default)
+def solve_triangular(a: Value, b: Value, **_: Any) -> Ruling:
+    """A system of equations for each element of the batch dims."""
+    for v in (a, b):
+        if v.dim is not None and v.dim >= v.ndim - 2:
+            raise CannotSplit(f"it solves equations along the token dim {v.dim}")
+        if v.is_local and (v.is_rows(v.ndim - 2) or v.is_rows(v.ndim - 1)):
+            raise CannotSplit("it solves equations along rows of a microbatch that are in an order of their own")
+    return combined([replace(v, sizes=v.sizes[:-2]) for v in (a, b)])
 
 
 @rule(aten.convolution.default)

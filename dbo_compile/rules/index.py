@@ -8,17 +8,16 @@ an arrangement leads its rows back to their tokens: proven if they are known to 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import sympy
 import torch
 
 from dbo_compile.errors import CannotSplit
 from dbo_compile.ir.tokens import Local, Ruling, Shared, Split, Value
 from dbo_compile.rules.create import rows_per_token
 from dbo_compile.rules.pointwise import carried, combined
+from dbo_compile.rules.region import Region, along, is_mask, region
 from dbo_compile.rules.registry import rule
 from dbo_compile.rules.rows import (
     MIXES,
@@ -35,51 +34,6 @@ from dbo_compile.rules.rows import (
 )
 
 aten = torch.ops.aten
-
-ONE = sympy.Integer(1)
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """The elements of `source` that numbers in some of its dims stand for: `source[:, i, j]` is {1: i, 2: j}."""
-
-    source: Value
-    indices: Mapping[int, Value]
-
-    @property
-    def index_ndim(self) -> int:
-        return max(v.ndim for v in self.indices.values())
-
-    @property
-    def ndim(self) -> int:
-        return self.source.ndim - len(self.indices) + self.index_ndim
-
-    @property
-    def front(self) -> int:
-        """The dim of the region at which those of the indices begin: dim 0 if other dims lie between the indexed."""
-        dims = sorted(self.indices)
-        return dims[0] if dims[-1] - dims[0] + 1 == len(dims) else 0
-
-    def dim(self, source_dim: int) -> int:
-        """Where a dim of the source that is not indexed is in the region."""
-        before = sum(d not in self.indices for d in range(source_dim))
-        return before if before < self.front else before + self.index_ndim
-
-    def others(self, dim: int) -> list[Value]:
-        return [v for d, v in self.indices.items() if d != dim]
-
-
-def region(source: Value, indices: Sequence[Value | None]) -> Region:
-    return Region(source, {d: v for d, v in enumerate(indices) if v is not None})
-
-
-def along(source: Value, dim: int, index: Value) -> Region:
-    """A region of one index with one dim, or none, which counts as one."""
-    return Region(source, {dim % source.ndim: Value(index.sizes or (ONE,), index.place, index.dtype)})
-
-
-def is_mask(index: Value) -> bool:
-    return index.dtype in (torch.bool, torch.uint8)
 
 
 # ---- Advanced indexing
@@ -106,6 +60,16 @@ def take(source: Value, numbers: Value) -> Ruling:
     if source.dim is not None and source.ndim > 1:
         raise CannotSplit("it reads elements by numbers that count through all tokens")
     return read(Region(Value((math.prod(source.sizes),), source.place, source.dtype), {0: numbers}))
+
+
+@rule(aten.masked_select.default)
+def masked_select(x: Value, mask: Value) -> Ruling:
+    if not x.is_integer:
+        raise CannotSplit("it picks single elements out of many tokens")
+    if isinstance(x.place, Shared) and rows_of(x):
+        raise CannotSplit("it picks elements of what all tokens share")
+    combined([x, mask])
+    return own(Local(position=x.is_position), x)
 
 
 def read(r: Region) -> Ruling:
@@ -143,10 +107,10 @@ def _read_split(r: Region, dim: int) -> Ruling:
             raise CannotSplit(MIXES)
         order = _order_after(r) if rows.ndim and is_multiple(rows.sizes[0], source.sizes[dim]) else ""
         return own(Local(order, position=source.is_position), source)
-    raise CannotSplit(foreign(dim))
+    raise CannotSplit(_foreign(dim))
 
 
-def foreign(dim: int) -> str:
+def _foreign(dim: int) -> str:
     return f"it reads rows of the token dim {dim} that may belong to another microbatch"
 
 
@@ -183,11 +147,12 @@ def _returned(source: Value, inverse: Value) -> Ruling:
 
 
 def _order_after(r: Region) -> str:
-    """The order that dim 0 of the region has by the indices."""
-    place = combined([*r.indices.values()]).place
-    rows_first = all(v.ndim == r.index_ndim for v in r.indices.values() if v.is_local)
-    inverse = any(is_inverse(v) for v in r.indices.values())
-    return place.order if isinstance(place, Local) and r.front == 0 and rows_first and not inverse else ""
+    """The order that dim 0 of the region has by the indices: all that have rows must be in that order."""
+    rows = [v for v in r.indices.values() if v.ndim == r.index_ndim > 0 and v.sizes[0] != 1]
+    if r.front > 0 or any(is_inverse(v) for v in rows) or any(v.is_local for v in r.indices.values() if v not in rows):
+        return ""
+    orders = {order_of(v) for v in rows}
+    return orders.pop() if len(orders) == 1 else ""
 
 
 # ---- Gathering: as many dims as the source, and each number leads along one of them
@@ -221,7 +186,7 @@ def _gather_split(source: Value, dim: int, numbers: Value, tokens: int) -> Rulin
         return _read_split(Region(source, {dim: numbers}), tokens)
     if dim == tokens:
         if numbers.dim != dim or source.is_position or not leads_within(numbers, source, dim):
-            raise CannotSplit(foreign(dim))
+            raise CannotSplit(_foreign(dim))
         return Ruling(Split(dim), local_positions=True)
     if numbers.dim != tokens or numbers.sizes[tokens] != source.sizes[tokens]:
         raise CannotSplit(f"its numbers do not have the tokens in dim {tokens}, as what it reads has")

@@ -31,8 +31,9 @@ def ordered(x: Value, order: str) -> Local:
 
 
 def own(place: Placement | tuple[Placement, ...], *read: Any) -> Ruling:
-    """Rows of a microbatch's own: what it reads as row numbers are row numbers inside the microbatch, then."""
-    return Ruling(place, local_positions=any(v.is_position and v.dim is not None for v in tensors(read)))
+    """Rows of a microbatch's own are made of row numbers inside the microbatch."""
+    is_local = any(isinstance(p, Local) for p in (place if isinstance(place, tuple) else (place,)))
+    return Ruling(place, local_positions=is_local and any(v.is_position and v.dim is not None for v in tensors(read)))
 
 
 def is_inverse(index: Value) -> bool:

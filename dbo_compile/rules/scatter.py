@@ -16,8 +16,8 @@ import torch
 from dbo_compile.errors import CannotSplit
 from dbo_compile.ir.tokens import Local, Ruling, Shared, Split, Value
 from dbo_compile.rules.create import rows_per_token
-from dbo_compile.rules.index import ONE, Region, along, foreign, is_mask, region
-from dbo_compile.rules.pointwise import carried, combined, tensors
+from dbo_compile.rules.pointwise import carried, tensors
+from dbo_compile.rules.region import ONE, Region, along, is_mask, region
 from dbo_compile.rules.registry import rule
 from dbo_compile.rules.rows import (
     fits,
@@ -120,16 +120,6 @@ def masked_scatter(buffer: Value, mask: Value, values: Value) -> Ruling:
     raise CannotSplit("it fills in values one after the other: a token's depend on the tokens before it")
 
 
-@rule(aten.masked_select.default)
-def masked_select(x: Value, mask: Value) -> Ruling:
-    if not x.is_integer:
-        raise CannotSplit("it picks single elements out of many tokens")
-    if isinstance(x.place, Shared) and rows_of(x):
-        raise CannotSplit("it picks elements of what all tokens share")
-    combined([x, mask])
-    return own(Local(position=x.is_position), x)
-
-
 # ---- What writing does to the buffer
 
 
@@ -180,7 +170,7 @@ def _write_split(w: Write, dim: int) -> Ruling:
         return _write_own(w)
     buffers = [w.buffer, *others, *([] if w.values is None else [w.values])]
     if w.full or not leads_within(rows, w.buffer, dim) or any(v.is_local for v in others):
-        raise CannotSplit(foreign(dim).replace("reads", "writes"))
+        raise CannotSplit(f"it writes rows of the token dim {dim} that may belong to another microbatch")
     if any(v.is_position for v in buffers):
         raise CannotSplit("it uses row numbers for more than finding the rows of tokens")
     _check_values(w, w.region.front + token_dim([rows, *others]), dim)
@@ -217,7 +207,8 @@ def _write_own(w: Write) -> Ruling:
     arranges = any(v.is_local and v.is_position for v in indices)
     if not arranges and any(v.dim is not None for v in written):
         raise CannotSplit(SHARED_BUFFER)
-    if isinstance(buffer.place, Shared) and not arranges and any(v.is_local for v in indices):
+    adds_up = w.adds or not arranges  # else each row has a place of its own
+    if isinstance(buffer.place, Shared) and adds_up and any(v.is_local for v in indices):
         raise CannotSplit(SHARED_BUFFER)
     if not buffer.is_integer and _writes_by_place(w):
         raise CannotSplit("it writes over rows of a microbatch by their position")

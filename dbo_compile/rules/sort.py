@@ -1,7 +1,7 @@
 """Ops whose every result depends on a whole dim: sorting, running sums, searching.
 
-Along other dims than that of the tokens they keep tokens apart. Sorting integers along the tokens, as by expert, makes a
-microbatch's rows its own (`Local`): the order gets a name, by which rows find back.
+Along other dims than that of the tokens they keep tokens apart. Sorting integers along the tokens, as by expert, makes
+the rows a microbatch's own (`Local`): the order gets a name, by which rows find back.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ aten = torch.ops.aten
 
 ROWS = local(3 * T, 8, order="sort")
 OFFSETS = local(5, dtype=torch.int32, position=True)
+SOLVE = aten.linalg_solve_triangular.default
 GROUPED = "transformers.grouped_mm_fallback.default"
 
 
@@ -43,6 +44,10 @@ GROUPED = "transformers.grouped_mm_fallback.default"
         (lambda: ask(aten.matmul.default, shared(5, 8), tokens(T, 8, 3)), Split(0)),
         (lambda: ask(aten.matmul.default, tokens(3, T, 2, 8), tokens(T, 8, 5)), Split(1)),
         (lambda: ask(aten.matmul.default, tokens(T, 8), shared(8)), Split(0)),
+        (lambda: ask(aten.matmul.default, shared(8), local(8, 5, order="sort")), Local()),
+        (lambda: ask(SOLVE, tokens(3, T, 5, 5), tokens(T, 5, 8), upper=True), Split(1)),
+        (lambda: ask(SOLVE, shared(5, 5), tokens(T, 5, 8), upper=True), Split(0)),
+        (lambda: ask(SOLVE, local(3 * T, 5, 5, order="sort"), shared(5, 8), upper=True), Local("sort")),
         (lambda: ask(aten._scaled_mm.default, tokens(T, 8), shared(8, 5), tokens(T, 1), shared(1, 5)), Split(0)),
         (lambda: ask(aten._scaled_mm.default, tokens(T, 8), shared(8, 5), shared(), shared(), shared(5)), Split(0)),
         (lambda: ask(aten._weight_int8pack_mm.default, ROWS, shared(5, 8), shared(5)), Local("sort")),
@@ -81,6 +86,9 @@ def test_tokens_follow(place, expected):
         (lambda: ask(aten._grouped_mm.default, shared(9, 8), shared(5, 8, 3), OFFSETS), "either its rows"),
         (lambda: ask(aten._grouped_mm.default, local(8, 3 * T), local(3 * T, 8), OFFSETS), "its weight carries tokens"),
         (lambda: ask(aten._grouped_mm.default, local(8, 3 * T), shared(3 * T, 8), OFFSETS), "sums over rows"),
+        (lambda: ask(SOLVE, shared(5, 5), tokens(5, T), upper=True), "equations along the token dim 1"),
+        (lambda: ask(SOLVE, shared(T, 5, 5), tokens(T, 5, 8), upper=True), "without tokens has size T"),
+        (lambda: ask(SOLVE, shared(5, 5), local(5, 3 * T), upper=True), "equations along rows of a microbatch"),
         (lambda: ask(aten.convolution.default, tokens(3, 8, T), shared(5, 8, 3), None), "along the token dim 2"),
         (lambda: ask(aten.convolution.default, tokens(T, 9), shared(5, 8, 3), None), "along the token dim 0"),
         (lambda: ask(aten.convolution.default, shared(3, 8, 9), tokens(T, 8, 3), None), "its weight carries tokens"),
@@ -125,3 +133,9 @@ CONV = ([1], [1], [1], False, [0], 1)
 )
 def test_the_claim_is_true(call):
     assert isinstance(claim(*call), Split)
+
+
+def test_equations_are_solved_for_each_token():
+    triangles = r(7, 5, 5) + 5 * torch.eye(5, dtype=torch.float64)
+    assert claim(SOLVE, triangles.triu(), r(3, 7, 5, 2), upper=True) == Split(1)
+    assert claim(SOLVE, triangles[0].triu(), r(7, 5, 2), upper=True) == Split(0)

@@ -56,6 +56,7 @@ def test_sizes_say_where_the_tokens_are(place, expected):
         (lambda: ask(aten.scalar_tensor.default, count(T)), "computes with the number of tokens"),
         (lambda: ask(aten.eye.default, count(T)), "square of the number of tokens"),
         (lambda: ask(aten.arange.default, count(T - 1)), "makes T - 1 numbers"),
+        (lambda: ask(aten.arange.start, 2, count(T)), "counts from 2 in steps of 1"),
         (lambda: ask(aten.arange.start, count(T), 9), "counts from T in steps of 1"),
         (lambda: ask(aten.arange.start, count(T), count(2 * T)), "counts from T in steps of 1"),
         (lambda: ask(aten.arange.start_step, 0, count(T), 2), "counts from 0 in steps of 2"),

@@ -1,0 +1,163 @@
+"""What the ranks of a step wish for, and the one plan that follows from it: every rule of agreeing, and nothing else.
+
+`decide` is a pure function of all wishes, so that no rank can come to a plan of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from enum import Enum
+from typing import Self
+
+from dbo_compile.errors import Disagreement
+
+
+class Phase(Enum):
+    """What a step does; one rank that prefills makes it a prefill."""
+
+    IDLE = "idle"
+    DECODE = "decode"
+    PREFILL = "prefill"
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What one rank brings to a step, and wants of it. A rank without tokens is idle: it has no say, but joins.
+
+    `padded_tokens` is the bucket of `num_tokens`. `program` and `config` are fingerprints, 16 hexadecimal digits each.
+    `decode` says that the rank's requests bring one token each.
+    """
+
+    num_tokens: int
+    padded_tokens: int
+    wants_split: bool
+    wants_gate: bool
+    decode: bool
+    program: str
+    config: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_tokens <= self.padded_tokens:
+            raise ValueError(f"{self.num_tokens} tokens cannot be padded to {self.padded_tokens}")
+
+    @classmethod
+    def idle(cls, program: str, config: str) -> Self:
+        return cls(0, 0, False, False, False, program, config)
+
+    def packed(self) -> tuple[int, ...]:
+        return (*astuple(self)[:-2], _to_int64(self.program), _to_int64(self.config))
+
+    @classmethod
+    def unpacked(cls, column: Sequence[int]) -> Self:
+        tokens, padded, split, gate, decode, program, config = column
+        return cls(tokens, padded, bool(split), bool(gate), bool(decode), _to_hex(program), _to_hex(config))
+
+
+NUM_ROWS = len(Wish.__slots__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """From where on a step is split; the same on all ranks, since they are part of the config or of the program.
+
+    The smallest rank that is not idle needs `min_decode_tokens` or `min_prefill_tokens`; each microbatch gets at least
+    `least_rows`, padding included.
+    """
+
+    num_microbatches: int
+    min_decode_tokens: int
+    min_prefill_tokens: int
+    least_rows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """How a step is played, the same on every rank: it has nothing in it that only one rank knows.
+
+    Every rank plays `padded_tokens` in `num_microbatches` (1: unsplit, `reason` says why; 0: nothing is played),
+    whatever its own number in `num_tokens`. With `gate`, both programs are played and compared.
+    """
+
+    num_tokens: tuple[int, ...]
+    padded_tokens: int
+    num_microbatches: int
+    gate: bool
+    phase: Phase
+    reason: str
+
+    def __str__(self) -> str:
+        if not self.num_microbatches:
+            return f"nothing is played: {self.reason}"
+        how = f"not split: {self.reason}" if self.reason else f"{self.num_microbatches} microbatches"
+        gate = ", with the gate" if self.gate else ""
+        return f"{self.phase.value} of {list(self.num_tokens)} tokens padded to {self.padded_tokens}, {how}{gate}"
+
+
+def decide(wishes: Sequence[Wish], limits: Limits) -> BatchPlan:
+    """The plan that follows from the wishes of all ranks. Raises `Disagreement` if ranks would play different things.
+
+    * All ranks split or none, and every rank that is not idle must want it. The smallest of them must reach the
+      threshold; it is that of decode only where all of them decode.
+    * All pad to the largest. Buckets grow with the number of tokens, so the largest bucket is that of the largest rank.
+    * A microbatch that has padding alone is legal, as in vLLM's second runner (its first one gave up the split). It
+      is played like any other, since a program knows rows and not requests, and an idle rank has only such microbatches
+      anyway: what is right for 0 tokens cannot be wrong for 3. Whether that pays off is what the thresholds are for.
+    * One rank that wants the gate is enough: gates are about safety, a rank that was idle at the first real step has
+      still to see one, and waiting until all want it at once could mean never. No gate without a split to judge.
+    """
+    _check_same("program", {rank: wish.program for rank, wish in enumerate(wishes)})
+    _check_same("config", {rank: wish.config for rank, wish in enumerate(wishes)})
+    num_tokens = tuple(wish.num_tokens for wish in wishes)
+    busy = {rank: wish for rank, wish in enumerate(wishes) if wish.num_tokens}
+    if not busy:
+        return BatchPlan(num_tokens, 0, 0, gate=False, phase=Phase.IDLE, reason="no rank has tokens")
+    padded = max(wish.padded_tokens for wish in busy.values())
+    phase = Phase.DECODE if all(wish.decode for wish in busy.values()) else Phase.PREFILL
+    reason = _why_not_split(busy, padded, phase, limits)
+    gate = not reason and any(wish.wants_gate for wish in busy.values())
+    return BatchPlan(num_tokens, padded, 1 if reason else limits.num_microbatches, gate, phase, reason)
+
+
+def _why_not_split(busy: Mapping[int, Wish], padded: int, phase: Phase, limits: Limits) -> str:
+    n, least = limits.num_microbatches, limits.least_rows
+    if n == 1:
+        return "num_microbatches=1"
+    if unwilling := [rank for rank, wish in busy.items() if not wish.wants_split]:
+        return f"{listed(unwilling)} declined"
+    threshold = limits.min_decode_tokens if phase is Phase.DECODE else limits.min_prefill_tokens
+    smallest = min(busy, key=lambda rank: busy[rank].num_tokens)
+    if (fewest := busy[smallest].num_tokens) < threshold:
+        return f"rank {smallest} has {fewest} tokens, and a {phase.value} is split from {threshold} tokens on"
+    if padded < n * least:
+        return f"{padded} tokens do not make {n} microbatches of at least {least}"
+    return ""
+
+
+def _check_same(what: str, fingerprints: Mapping[int, str]) -> None:
+    ranks: dict[str, list[int]] = {}
+    for rank, fingerprint in fingerprints.items():
+        ranks.setdefault(fingerprint, []).append(rank)
+    if len(ranks) > 1:
+        found = ", ".join(f"{listed(have)}: {fingerprint}" for fingerprint, have in ranks.items())
+        raise Disagreement(
+            f"ranks must play the same {what}, but do not ({found}). Compile the same model with the same options on "
+            "every rank, and call its graphs in the same order; dbo_compile.reports() has the fingerprints."
+        )
+
+
+def _to_int64(fingerprint: str) -> int:
+    return int.from_bytes(bytes.fromhex(fingerprint), signed=True)
+
+
+def _to_hex(number: int) -> str:
+    return number.to_bytes(8, signed=True).hex()
+
+
+def listed(ranks: Sequence[int], most: int = 8) -> str:
+    """`rank 3`, `ranks 0, 2 and 5`; of a long list its beginning."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    shown = [str(rank) for rank in ranks[:most]]
+    last = f"{len(ranks) - most} more" if len(ranks) > most else shown.pop()
+    return f"ranks {', '.join(shown)} and {last}"

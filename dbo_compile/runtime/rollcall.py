@@ -1,0 +1,159 @@
+"""Finds out which ranks did not come, by signs of life in the store of their group, once a collective takes long.
+
+A step in time never touches the store. All that does runs on threads of its own, with a limit to how long it is
+waited for: the store may live on the very rank that is gone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from dbo_compile.runtime.plan import listed
+
+BEAT_SECONDS = 0.2
+WATCH_SECONDS = 1.0
+"""How long signs of life are watched before a rank is called silent: longer than a rank may wait before its first."""
+GRACE_SECONDS = WATCH_SECONDS + 3 * BEAT_SECONDS
+PROMPT_SECONDS = 1.0
+
+
+class Store(Protocol):
+    """The part of `torch.distributed.Store` that is needed here."""
+
+    def add(self, key: str, amount: int) -> int: ...
+    def check(self, keys: list[str]) -> bool: ...
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
+    def get(self, key: str) -> bytes: ...
+    def set(self, key: str, value: str) -> None: ...
+
+
+class Roll:
+    """What ranks know of each other beside their collectives: the last step each one waited in, and the verdict.
+
+    A rank of the same group has to make its rolls in the same order as the others.
+    """
+
+    def __init__(self, store: Store, rank: int, num_ranks: int) -> None:
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self._store = store
+        self._keys = f"dbo_compile/roll{store.add(f'dbo_compile/rolls/{rank}', 1)}"
+
+    def sign(self, step: int, beat: int) -> None:
+        """Say that this rank is alive and waits in `step`."""
+        self._store.set(f"{self._keys}/{self.rank}", f"{step} {beat}")
+
+    def signs(self, step: int) -> dict[int, str]:
+        """The newest sign of life of every other rank that has come to `step`."""
+        others = [rank for rank in range(self.num_ranks) if rank != self.rank]
+        found = {rank: self._read(str(rank)) for rank in others}
+        return {rank: sign for rank, sign in found.items() if sign and int(sign.split()[0]) >= step}
+
+    def verdict(self) -> str:
+        return self._read("verdict")
+
+    def publish(self, verdict: str) -> str:
+        """The verdict of the first rank that came to one, and so the same on every rank."""
+        return self._store.compare_set(f"{self._keys}/verdict", "", verdict).decode()
+
+    def promptly(self, ask: Callable[[], str]) -> str:
+        """The answer of the store, or "" if it takes longer than one may wait for it."""
+        answers: list[str] = []
+        thread = threading.Thread(target=_quietly, args=(lambda: answers.append(ask()),), daemon=True)
+        thread.start()
+        thread.join(PROMPT_SECONDS)
+        return answers[0] if answers else ""
+
+    def _read(self, name: str) -> str:
+        key = f"{self._keys}/{name}"
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
+
+class RollCall:
+    """Gives signs of life while a rank waits in a step, and names the ranks that give none.
+
+    It judges at `deadline`, a time of `time.monotonic`, or sooner: after `fail`, as soon as one rank only can have
+    caused it. A rank that came and then fell silent counts as not come.
+    """
+
+    def __init__(self, roll: Roll, step: int, what: str, deadline: float) -> None:
+        self._roll = roll
+        self._step = step
+        self._what = what
+        self._deadline = deadline
+        self._since = time.monotonic()
+        self._num_beats = 0
+        self._verdict = ""
+        self._failure = ""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=_quietly, args=(self._call,), daemon=True)
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self._verdict) or time.monotonic() >= self._deadline
+
+    def begin(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def fail(self, failure: str) -> None:
+        """The collective itself has failed: some rank is gone, whichever it is."""
+        self._failure = failure
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def verdict(self) -> str:
+        """Wait for it; it comes until `GRACE_SECONDS` after the deadline, whether the store answers or not."""
+        self.begin()
+        self._thread.join(max(0.0, self._deadline + GRACE_SECONDS - time.monotonic()))
+        silent = f"ranks did not all {self._what}, nor does their store say who is missing: has the rank died it is on?"
+        return self._verdict or f"{silent} {self._failure}".rstrip()
+
+    def _call(self) -> None:
+        while not self._ended.is_set():
+            self._beat()
+            if found := self._roll.verdict() or self._judge():
+                self._verdict = found
+                return
+            self._ended.wait(BEAT_SECONDS)
+
+    def _beat(self) -> None:
+        self._num_beats += 1
+        self._roll.sign(self._step, self._num_beats)
+
+    def _judge(self) -> str:
+        if not self._failure and time.monotonic() < self._deadline:
+            return ""
+        missing = self._missing()
+        if len(missing) == 1 or time.monotonic() >= self._deadline:
+            return self._roll.publish(self._words(missing))
+        return ""
+
+    def _missing(self) -> list[int]:
+        """The ranks that did not come to the step, or show no life any more."""
+        before = self._roll.signs(self._step)
+        until = time.monotonic() + WATCH_SECONDS
+        while time.monotonic() < until and not self._ended.wait(BEAT_SECONDS):
+            self._beat()
+        after = self._roll.signs(self._step)
+        others = [rank for rank in range(self._roll.num_ranks) if rank != self._roll.rank]
+        return [rank for rank in others if rank not in after or after[rank] == before.get(rank)]
+
+    def _words(self, missing: Sequence[int]) -> str:
+        waited = f"within {time.monotonic() - self._since:.1f} s"
+        why = f" ({self._failure})" if self._failure else ""
+        if missing:
+            return f"{listed(missing)} did not {self._what} {waited}{why}"
+        return f"all ranks are there, but did not {self._what} {waited}{why}"
+
+
+def _quietly(run: Callable[[], object]) -> None:
+    """Run what asks a store; one that is gone raises, which whoever waits for an answer sees by there being none."""
+    try:
+        run()
+    except (RuntimeError, OSError, ValueError):
+        return
