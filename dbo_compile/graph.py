@@ -13,6 +13,9 @@ import torch
 from torch import fx
 
 
+WAIT = torch.ops._c10d_functional.wait_tensor.default
+
+
 def inputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
     return tuple(n for n in graph.nodes if n.op == "placeholder")
 
@@ -89,6 +92,8 @@ def written(node: fx.Node) -> tuple[fx.Node, ...]:
 
 def viewed(node: fx.Node) -> tuple[fx.Node, ...]:
     """The arguments whose memory the result of an op may share, by its schema."""
+    if node.target is WAIT:  # hands its argument on, though its schema does not say so
+        return tuple(node.all_input_nodes)
     return tuple(arg for arg, info in _schema_args(node) if info is not None and not info.is_write) + written(node)
 
 

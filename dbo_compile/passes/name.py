@@ -27,14 +27,15 @@ def _name(group: Group) -> str:
     match group.mode.kind:
         case Kind.COMM:
             op = next(str(n.target) for n in group.nodes if comm_op(n.target))
-            parts = [path, re.sub(r"(_single|_into_tensor|_tensor)?$", "", op.split(".")[-2], count=1)]
+            parts = [path, re.sub(r"(_single|_into_tensor|_tensor)?_?$", "", op.split(".")[-2], count=1)]
         case Kind.HOST:
             parts = [path, "read_counts"]
         case Kind.COMPUTE:
             parts = [path]
     if not group.mode.per_microbatch:
         parts.append("once")
-    return re.sub(r"\W+", "_", ".".join(p for p in parts if p)) or "main"
+    name = re.sub(r"\W+", "_", ".".join(p for p in parts if p)) or "main"
+    return f"module_{name}" if name[0].isdigit() else name
 
 
 def _common_path(paths: Sequence[str]) -> str:

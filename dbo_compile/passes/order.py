@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from itertools import groupby
 
 from dbo_compile.ir.needs import needed_steps, needs_of, steps_of
@@ -18,9 +18,9 @@ from dbo_compile.ir.schedule import Lane, Schedule, Segment, Step
 
 Cost = Callable[[Step], float]
 PATIENCE = 0.25
-"""The share of its own time that a step may be held up by a short one (`_Lanes._small`)."""
+"""The share of its own time that a step may be held up by steps that feed the other lane (`_Lanes._feeder`)."""
 SCAN = 8
-"""How many of the steps that are ready are looked at for a short one: enough for real models, and linear."""
+"""How many of the steps that are ready are looked at for one that feeds the other lane: bounds the work."""
 HOST_TICKS = 0.05
 """What reading a few counts on the host takes, where a stretch of compute or a collective takes 1."""
 
@@ -115,11 +115,12 @@ def _blocks(task: Task) -> Iterator[tuple[list[str], list[int | None]]]:
 def _longest_path_first(task: Task) -> Iterator[Step]:
     """List scheduling on two lanes: what could start first, and of those what has the longest way to the end."""
     lanes = _Lanes(task)
-    return _issue_early(task, [lanes.pick() for _ in task.needs])
+    picked = [lanes.pick() for _ in task.needs]
+    return _issue_early(task, sorted(picked, key=lanes.position.__getitem__))
 
 
 def _issue_early(task: Task, steps: Sequence[Step]) -> Iterator[Step]:
-    """`steps` (in the order in which they start) with each collective right after the last step that it needs.
+    """`steps` (in the order of their positions) with each collective right after the last step that it needs.
 
     A read on the host stays where it is: it holds up the thread that issues all the others.
     """
@@ -147,6 +148,11 @@ class _Lanes:
         self.missing = {step: len(needed) for step, needed in task.needs.items()}
         self.users: dict[Step, list[Step]] = {step: [] for step in task.needs}
         self.arrival = dict.fromkeys(task.needs, 0.0)
+        self.feeds = _feeds(task)
+        self.turn: dict[Step, float] = {}
+        """When a step was first the one whose turn it is."""
+        self.position: dict[Step, float] = {}
+        """When a step starts; a read on the host when it ends, as all that starts before must be issued before it."""
         self.free = dict.fromkeys(Lane, 0.0)
         self.ready: dict[Lane, list[tuple[tuple[float, int, int], Step]]] = {lane: [] for lane in Lane}
         self.coming: dict[Lane, list[tuple[float, tuple[float, int, int], Step]]] = {lane: [] for lane in Lane}
@@ -163,26 +169,28 @@ class _Lanes:
         while self.coming[lane] and self.coming[lane][0][0] <= start:
             _, rank, step = heappop(self.coming[lane])
             heappush(self.ready[lane], (rank, step))
-        step = self._small(lane, start) or heappop(self.ready[lane])[1]
+        step = self._feeder(lane, start) or heappop(self.ready[lane])[1]
         self._play(step, lane, max(start, self.arrival[step]))
         return step
 
-    def _small(self, lane: Lane, start: float) -> Step | None:
-        """A step so short, and so soon there, that the step whose turn it is hardly waits for it.
+    def _feeder(self, lane: Lane, start: float) -> Step | None:
+        """A step that feeds the other lane so soon that the step whose turn it is hardly waits for it.
 
         Counting rows and reading the counts holds up an exchange: behind a long stretch of compute of the other
         microbatch it would leave the comm lane idle for as long.
         """
-        _, first = self.ready[lane][0]
-        deadline = start + PATIENCE * self.task.cost(first)
-        small = [e for e in self.ready[lane][:SCAN] if start + self.task.cost(e[1]) <= deadline and e[1] != first]
-        if small:
-            entry = min(small)
-            self.ready[lane].remove(entry)
-            heapify(self.ready[lane])
-            return entry[1]
-        if self.coming[lane] and self.coming[lane][0][0] + self.task.cost(self.coming[lane][0][2]) <= deadline:
-            return heappop(self.coming[lane])[2]
+        ready, coming = self.ready[lane], self.coming[lane]
+        first = ready[0][1]
+        deadline = self.turn.setdefault(first, start) + PATIENCE * self.task.cost(first)
+        best = [heappop(ready) for _ in range(min(SCAN, len(ready)))]
+        found = next((entry for entry in best[1:] if start + self.feeds[entry[1]] <= deadline), None)
+        for entry in best:
+            if entry is not found:
+                heappush(ready, entry)
+        if found:
+            return found[1]
+        if coming and coming[0][0] + self.feeds[coming[0][2]] <= deadline:
+            return heappop(coming)[2]
         return None
 
     def _next_start(self, lane: Lane) -> float:
@@ -193,6 +201,7 @@ class _Lanes:
     def _play(self, step: Step, lane: Lane, start: float) -> None:
         end = start + self.task.cost(step)
         self.free[lane] = end
+        self.position[step] = end if self.task.segments[step.segment].host else start
         for user in self.users[step]:
             self.arrival[user] = max(self.arrival[user], end)
             self.missing[user] -= 1
@@ -211,6 +220,17 @@ def _ranks(task: Task) -> dict[Step, tuple[float, int, int]]:
         for needed in task.needs[step]:
             way[needed] = max(way[needed], way[step])
     return {step: (-way[step], step.microbatch or 0, i) for i, step in enumerate(task.needs)}
+
+
+def _feeds(task: Task) -> dict[Step, float]:
+    """How long each step and those of its lane behind it take until the other lane gets something to do."""
+    rest = dict.fromkeys(task.needs, float("inf"))
+    feeds: dict[Step, float] = {}
+    for step in reversed(list(task.needs)):
+        feeds[step] = task.cost(step) + rest[step]
+        for needed in task.needs[step]:
+            rest[needed] = min(rest[needed], feeds[step] if task.lane(needed) is task.lane(step) else 0.0)
+    return feeds
 
 
 POLICIES: Mapping[str, Callable[[Task], Iterator[Step]]] = {

@@ -184,6 +184,12 @@ def batch_norm(x: Value, weight: Any, bias: Any, mean: Any, var: Any, training: 
     return _batch_norm(x, weight, bias, mean, var)
 
 
+@rule(aten._native_batch_norm_legit_functional.default)
+def batch_norm_functional(x: Value, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *_: Any) -> Placement:
+    """Returns new running statistics too, which only training has."""
+    raise CannotSplit("it takes statistics over all tokens")
+
+
 @rule(aten._native_batch_norm_legit_no_training.default)
 def batch_norm_no_training(x: Value, weight: Any, bias: Any, mean: Any, var: Any, *_: Any) -> tuple[Placement, ...]:
     return _batch_norm(x, weight, bias, mean, var)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dbo_compile.compat import process_group
+from dbo_compile.compat import process_group, tree_map
 
 c10d = torch.ops._c10d_functional
 REDUCE_OPS = {
@@ -34,9 +34,13 @@ class Pending:
 
 
 def start(op: Any, *args: Any, **kwargs: Any) -> Pending:
-    """Start the collective that a functional op stands for; an op that is not known here runs to its end."""
-    starter = STARTERS.get(op)
-    return starter(*args, **kwargs) if starter else Pending(op(*args, **kwargs), None)
+    """Start the collective that an op stands for; an op that is not known here runs to its end."""
+    if starter := STARTERS.get(op):
+        return starter(*args, **kwargs)
+    result = op(*args, **kwargs)
+    if op.namespace == "_c10d_functional":
+        result = tree_map(c10d.wait_tensor, result)
+    return Pending(result, None)
 
 
 def _all_to_all(x: torch.Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: Any) -> Pending:
@@ -52,6 +56,10 @@ def _all_to_all(x: torch.Tensor, output_splits: Sequence[int], input_splits: Seq
 def _all_reduce(x: torch.Tensor, reduce_op: str, group: Any) -> Pending:
     out = x.clone(memory_format=torch.contiguous_format)
     return Pending(out, dist.all_reduce(out, REDUCE_OPS[reduce_op.lower()], process_group(group), async_op=True))
+
+
+def _all_reduce_in_place(x: torch.Tensor, reduce_op: str, group: Any) -> Pending:
+    return Pending(x, dist.all_reduce(x, REDUCE_OPS[reduce_op.lower()], process_group(group), async_op=True))
 
 
 def _all_gather(x: torch.Tensor, group_size: int, group: Any) -> Pending:
@@ -71,6 +79,7 @@ def _reduce_scatter(x: torch.Tensor, reduce_op: str, group_size: int, group: Any
 STARTERS: dict[Any, Callable[..., Pending]] = {
     c10d.all_to_all_single.default: _all_to_all,
     c10d.all_reduce.default: _all_reduce,
+    c10d.all_reduce_.default: _all_reduce_in_place,
     c10d.all_gather_into_tensor.default: _all_gather,
     c10d.reduce_scatter_tensor.default: _reduce_scatter,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -165,6 +166,6 @@ def can_hold(dtype: torch.dtype, value: Number) -> bool:
         return value in {0, 1}
     if not (dtype.is_floating_point or dtype.is_complex):
         return value == value // 1 and torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
-    if abs(value) <= torch.finfo(dtype).max:
-        return True
-    return repr(torch.tensor(float(value)).to(dtype).tolist()) == repr(value) if not isinstance(value, int) else False
+    if abs(value) == math.inf:
+        return bool(torch.tensor(value).to(dtype).to(torch.complex128).isinf())  # some types of 8 bits have none
+    return value != value or abs(value) <= torch.finfo(dtype).max

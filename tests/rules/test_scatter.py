@@ -40,7 +40,11 @@ MASK = torch.tensor([True, False, True, True, False, False, True])
         (aten.index_put.default, (CACHE, [None, None, AT], NEW), Split(0)),
         (aten.index_put.default, (CACHE, [None, None, AT], NEW[:1, 0]), Split(0)),
         (aten.index_put.default, (CACHE, [None, None, AT], Whole(NEW)), "size T in the token dim 0"),
-        (aten.index_put.default, (CACHE, [None, None, AT], torch.randn(4, NUM_TOKENS, 1, 1).double()), WRITES_ALONG),
+        (
+            aten.index_put.default,
+            (CACHE, [None, None, AT], torch.randn(4, NUM_TOKENS, 1, 1).double()),
+            "carry tokens in different dims",
+        ),
         (aten.index_put.default, (GRID, [AT % 3, None, AT], torch.randn(4, NUM_TOKENS).double(), True), Split(1)),
         (aten.index_put.default, (GRID, [None, AT], torch.tensor(0.0).double()), ANYWHERE.format(1)),
         (aten.index_put.default, (GRID, [PICKED[0, :, 0] % 3], torch.tensor(0.0).double()), "its numbers carry tokens"),
@@ -64,12 +68,12 @@ MASK = torch.tensor([True, False, True, True, False, False, True])
         (aten.scatter_add.default, (GRID, 2, PICKED, torch.randn(3, NUM_TOKENS, 2).double()), Split(1)),
         (aten.scatter_reduce.two, (GRID, 2, PICKED, torch.randn(3, NUM_TOKENS, 2).double(), "amax"), Split(1)),
         (aten.scatter_.value, (GRID, 2, PICKED, 1.5), Split(1)),
-        (aten.masked_scatter.default, (CACHE, Along(CACHE > 0, 0), torch.randn(900).double()), f"{ONE_BY_ONE}: a token"),
+        (aten.masked_scatter.default, (CACHE, Along(CACHE > 0, 0), torch.randn(900).double()), ONE_BY_ONE),
         (aten.index_put.default, (torch.zeros(64, 3), [PICKED[0, :, 0]], torch.randn(NUM_TOKENS, 3)), SHARED_BUFFER),
         (aten.index_put_.default, (torch.zeros(64, 3), [PICKED[0, :, 0]], torch.randn(NUM_TOKENS, 3)), SHARED_BUFFER),
         (aten.scatter_add.default, (torch.zeros(64), 0, PICKED[0, :, 0], torch.randn(NUM_TOKENS)), SHARED_BUFFER),
     ],
-)  # fmt: skip
+)
 def test_tokens_stay_where_what_is_written_is_beside_them(op, args, expected):
     place = claim(op, *args)
     assert place == expected if isinstance(expected, Split) else expected in place
@@ -97,23 +101,37 @@ def test_rows_of_tokens_are_written_by_row_numbers_inside_the_microbatch(f):
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
-        (lambda: RULES[aten.index_put.default](local(3 * T), [PERM], tokens(3 * T, position=True)),
-         Ruling(INVERSE.place, local_positions=True)),
-        (lambda: RULES[aten.index_put_.default](local(3 * T), [PERM], tokens(3 * T, position=True)),
-         Ruling(INVERSE.place, local_positions=True)),
-        (lambda: RULES[aten.scatter.src](tokens(3 * T), 0, PERM, tokens(3 * T, position=True)),
-         Ruling(INVERSE.place, local_positions=True)),
-        (lambda: RULES[aten.index_copy.default](tokens(3 * T), 0, PERM, tokens(3 * T, position=True)),
-         Ruling(INVERSE.place, local_positions=True)),
-        (lambda: RULES[aten.index_put.default](local(3 * T), [SLOTS], tokens(3 * T, position=True)),
-         Ruling(NUMBERED, local_positions=True)),
-        (lambda: RULES[aten.index_put.default](tokens(5 * T, dtype=INT), [PERM], tokens(3 * T, position=True)),
-         Ruling(NUMBERED, local_positions=True)),
-        (lambda: RULES[aten.index_put.default](local(3 * T, dtype=INT), [PERM], tokens(3 * T, position=True), True),
-         Ruling(NUMBERED, local_positions=True)),
+        (
+            lambda: RULES[aten.index_put.default](local(3 * T), [PERM], tokens(3 * T, position=True)),
+            Ruling(INVERSE.place, local_positions=True),
+        ),
+        (
+            lambda: RULES[aten.index_put_.default](local(3 * T), [PERM], tokens(3 * T, position=True)),
+            Ruling(INVERSE.place, local_positions=True),
+        ),
+        (
+            lambda: RULES[aten.scatter.src](tokens(3 * T), 0, PERM, tokens(3 * T, position=True)),
+            Ruling(INVERSE.place, local_positions=True),
+        ),
+        (
+            lambda: RULES[aten.index_copy.default](tokens(3 * T), 0, PERM, tokens(3 * T, position=True)),
+            Ruling(INVERSE.place, local_positions=True),
+        ),
+        (
+            lambda: RULES[aten.index_put.default](local(3 * T), [SLOTS], tokens(3 * T, position=True)),
+            Ruling(NUMBERED, local_positions=True),
+        ),
+        (
+            lambda: RULES[aten.index_put.default](tokens(5 * T, dtype=INT), [PERM], tokens(3 * T, position=True)),
+            Ruling(NUMBERED, local_positions=True),
+        ),
+        (
+            lambda: RULES[aten.index_put.default](local(3 * T, dtype=INT), [PERM], tokens(3 * T, position=True), True),
+            Ruling(NUMBERED, local_positions=True),
+        ),
         (lambda: RULES[aten.index_put.default](local(3 * T), [PERM], SLOTS), Ruling(NUMBERED)),
     ],
-)  # fmt: skip
+)
 def test_row_numbers_written_by_a_permutation_are_its_inverse(call, expected):
     assert call() == expected
 
@@ -130,15 +148,24 @@ def test_row_numbers_written_by_a_permutation_are_its_inverse(call, expected):
         (lambda: RULES[aten.index_put.default](local(3 * T, 4), [PERM], local(3 * T, 4)), Ruling(Split(0), RETURNED)),
         (lambda: RULES[aten.index_put.default](local(3 * T, 4), [PERM], ROWS, True), Ruling(Local())),
         (lambda: RULES[aten.scatter_add.default](tokens(T, 4), 0, WIDE, ROWS), Ruling(Split(0))),
-        (lambda: RULES[aten.scatter_reduce.two](tokens(T, 4), 0, WIDE, local(3 * T, 4), "sum"), Ruling(Split(0), RETURNED)),
+        (
+            lambda: RULES[aten.scatter_reduce.two](tokens(T, 4), 0, WIDE, local(3 * T, 4), "sum"),
+            Ruling(Split(0), RETURNED),
+        ),
         (lambda: RULES[aten.index_add.default](tokens(2 * T, 4), 0, PERM, ROWS), Ruling(Local())),
         (lambda: RULES[aten.index_add.default](tokens(T, 4), 0, SLOTS, ROWS), Ruling(Local())),
         (lambda: RULES[aten.index_add.default](tokens(T, 4), 0, INVERSE, ROWS), Ruling(Local())),
         (lambda: RULES[aten.index_copy.default](tokens(T, 4), 0, PERM, ROWS), Ruling(Local())),
-        (lambda: RULES[aten.masked_scatter.default](tokens(T, 4), tokens(T, 1, dtype=BOOL), local(U)), Ruling(Split(0), FILLED)),
-        (lambda: RULES[aten.index_put.default](tokens(T, 4), [tokens(T, dtype=BOOL)], local(U, 4)), Ruling(Split(0), FILLED)),
+        (
+            lambda: RULES[aten.masked_scatter.default](tokens(T, 4), tokens(T, 1, dtype=BOOL), local(U)),
+            Ruling(Split(0), FILLED),
+        ),
+        (
+            lambda: RULES[aten.index_put.default](tokens(T, 4), [tokens(T, dtype=BOOL)], local(U, 4)),
+            Ruling(Split(0), FILLED),
+        ),
     ],
-)  # fmt: skip
+)
 def test_rows_written_to_where_they_were_are_tokens_again(call, expected):
     assert call() == expected
 
@@ -158,18 +185,24 @@ def test_rows_picked_by_their_number_are_written_back_there():
         (lambda: ask(aten.index_copy.default, tokens(15 * T, 4), 0, SLOTS, ROWS), Local()),
         (lambda: ask(aten.index_copy.default, tokens(3 * T, 4), 0, INVERSE, tokens(3 * T, 4)), Local("by_expert")),
         (lambda: ask(aten.index_copy.default, tokens(3 * T, 4), 0, PERM, tokens(3 * T, 4)), Local()),
-        (lambda: ask(aten.scatter_add.default, shared(5, dtype=INT), 0, tokens(3 * T), tokens(3 * T, dtype=INT)), NUMBERED),
+        (
+            lambda: ask(aten.scatter_add.default, shared(5, dtype=INT), 0, tokens(3 * T), tokens(3 * T, dtype=INT)),
+            NUMBERED,
+        ),
         (lambda: ask(aten.scatter.value_reduce, shared(5, dtype=INT), 0, tokens(3 * T), 1, reduce="add"), NUMBERED),
         (lambda: ask(aten.index_add.default, shared(5, dtype=INT), 0, local(U), local(U, dtype=INT)), NUMBERED),
         (lambda: ask(aten.index_put.default, shared(5, dtype=INT), [shared(1)], local(position=True)), NUMBERED),
         (lambda: ask(aten.index_fill.int_Scalar, ROWS, 1, shared(2), 0), Local("by_expert")),
         (lambda: ask(aten.scatter.value, ROWS, 1, local(3 * T, 2, order="by_expert"), 1), Local("by_expert")),
         (lambda: ask(aten.scatter.value, ROWS, 1, local(3 * T, 2, order="by_rank"), 1), Local()),
-        (lambda: ask(aten.index_put.default, ROWS, [local(3 * T, dtype=BOOL, order="by_expert")], shared()), Local("by_expert")),
+        (
+            lambda: ask(aten.index_put.default, ROWS, [local(3 * T, dtype=BOOL, order="by_expert")], shared()),
+            Local("by_expert"),
+        ),
         (lambda: ask(aten.index_put.default, ROWS, [local(3 * T, dtype=BOOL)], shared(1, 4)), Local()),
         (lambda: ask(aten.masked_scatter.default, ROWS, local(3 * T, 1, dtype=BOOL), local(U)), Local()),
     ],
-)  # fmt: skip
+)
 def test_rows_are_arranged_in_a_buffer_of_a_microbatch_s_own(place, expected):
     assert place() == expected
 
@@ -178,18 +211,33 @@ def test_rows_are_arranged_in_a_buffer_of_a_microbatch_s_own(place, expected):
     ("call", "reason"),
     [
         (lambda: ask(aten.index_put_.default, shared(64, 4), [SLOTS], ROWS), SHARED_BUFFER),
-        (lambda: ask(aten.scatter_add_.default, shared(5, dtype=INT), 0, tokens(T), tokens(T, dtype=INT)), SHARED_BUFFER),
+        (
+            lambda: ask(aten.scatter_add_.default, shared(5, dtype=INT), 0, tokens(T), tokens(T, dtype=INT)),
+            SHARED_BUFFER,
+        ),
         (lambda: ask(aten.index_add.default, shared(5, 4), 0, local(U), local(U, 4)), SHARED_BUFFER),
         (lambda: ask(aten.index_add.default, shared(5, 4), 0, SLOTS, ROWS), SHARED_BUFFER),
         (lambda: ask(aten.index_put.default, shared(5, 4), [local(U)], local(U, 4)), SHARED_BUFFER),
         (lambda: ask(aten.index_put.default, shared(5, 4), [shared(2)], tokens(T, 1, 4)), SHARED_BUFFER),
-        (lambda: ask(aten.index_put_.default, tokens(15 * T, 4), [SLOTS], ROWS), r"it writes Local\(\) over Split\(0\)"),
-        (lambda: ask(aten.index_put.default, local(U, 4), [tokens(T)], shared(4)), "its numbers are those of single tokens"),
-        (lambda: ask(aten.index_put.default, ROWS, [shared(2)], shared(4)), "it writes over rows of a microbatch by their"),
+        (
+            lambda: ask(aten.index_put_.default, tokens(15 * T, 4), [SLOTS], ROWS),
+            r"it writes Local\(\) over Split\(0\)",
+        ),
+        (
+            lambda: ask(aten.index_put.default, local(U, 4), [tokens(T)], shared(4)),
+            "its numbers are those of single tokens",
+        ),
+        (
+            lambda: ask(aten.index_put.default, ROWS, [shared(2)], shared(4)),
+            "it writes over rows of a microbatch by their",
+        ),
         (lambda: ask(aten.scatter.value, ROWS, 1, shared(2, 2), 1), "it writes over rows of a microbatch by their"),
         (lambda: ask(aten.index_put.default, tokens(T, 4), [local(U)], local(U, 4)), ANYWHERE.format(0)),
         (lambda: ask(aten.index_put.default, tokens(T, 4), [None, shared(2)], local(U, 2)), WRITES_ALONG),
-        (lambda: ask(aten.index_put.default, tokens(2 * T, 4), [tokens(T, position=True)], shared(4)), ANYWHERE.format(0)),
+        (
+            lambda: ask(aten.index_put.default, tokens(2 * T, 4), [tokens(T, position=True)], shared(4)),
+            ANYWHERE.format(0),
+        ),
         (
             lambda: ask(aten.index_put.default, tokens(T), [tokens(T, position=True)], tokens(T, position=True)),
             "it uses row numbers for more than finding the rows of tokens",
@@ -201,9 +249,12 @@ def test_rows_are_arranged_in_a_buffer_of_a_microbatch_s_own(place, expected):
         (lambda: ask(aten.masked_scatter.default, tokens(T, 4), tokens(T, 4, dtype=BOOL), shared(9)), ONE_BY_ONE),
         (lambda: ask(aten.masked_scatter.default, tokens(5, T), tokens(5, T, dtype=BOOL), local(U)), ONE_BY_ONE),
         (lambda: ask(aten.index_put.default, tokens(T, 4), [tokens(T, dtype=BOOL)], tokens(T, 4)), ONE_BY_ONE),
-        (lambda: ask(aten.index_put.default, tokens(T, 4), [tokens(T, dtype=BOOL), shared(1)], shared()), "by a mask and"),
+        (
+            lambda: ask(aten.index_put.default, tokens(T, 4), [tokens(T, dtype=BOOL), shared(1)], shared()),
+            "by a mask and",
+        ),
     ],
-)  # fmt: skip
+)
 def test_writing_what_other_microbatches_share_is_refused(call, reason):
     with pytest.raises(CannotSplit, match=reason):
         call()

@@ -1,0 +1,535 @@
+"""Agreeing: the rules on wishes alone, the exchange on simulated ranks, and what real ranks see when one is lost."""
+
+from __future__ import annotations
+
+import operator
+import os
+import pickle
+import random
+import re
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbo_compile.config import Config
+from dbo_compile.errors import Disagreement, RankLost
+from dbo_compile.runtime import rollcall
+from dbo_compile.runtime.agree import Agreement, group_for_agreeing
+from dbo_compile.runtime.padding import Buckets
+from dbo_compile.runtime.plan import NUM_ROWS, BatchPlan, Limits, Phase, Wish, decide, listed
+from dbo_compile.runtime.rollcall import Roll, RollCall
+from tests.ranks import RankFailed, Ranks
+
+PROGRAM, OTHER, CONFIG = "8f00000000000001", "00ff0000000000a7", Config().fingerprint
+LIMITS = Limits(2, min_decode_tokens=5, min_prefill_tokens=17, least_rows=3)
+IDLE = Wish.idle(PROGRAM, CONFIG)
+
+
+def wish(num_tokens, padded=None, *, split=True, gate=False, decode=False, program=PROGRAM, config=CONFIG):
+    padded = num_tokens if padded is None else padded
+    return Wish(num_tokens, padded, split, gate, decode, program, config)
+
+
+# -- the rules --------------------------------------------------------------------------------------------------------
+
+
+PLANS = [
+    ([wish(37, 40), wish(19, 20)], "prefill of [37, 19] tokens padded to 40, 2 microbatches"),
+    ([wish(19), wish(37, 40, gate=True)], "prefill of [19, 37] tokens padded to 40, 2 microbatches, with the gate"),
+    ([wish(19), IDLE, wish(23)], "prefill of [19, 0, 23] tokens padded to 23, 2 microbatches"),
+    ([wish(23, decode=True), wish(5, decode=True)], "decode of [23, 5] tokens padded to 23, 2 microbatches"),
+    ([wish(23, decode=True), IDLE], "decode of [23, 0] tokens padded to 23, 2 microbatches"),
+    (
+        [wish(23, decode=True), wish(4, decode=True, gate=True)],
+        "decode of [23, 4] tokens padded to 23, not split: rank 1 has 4 tokens, and a decode is split from 5 tokens on",
+    ),
+    (
+        [wish(23), wish(5, decode=True)],
+        "prefill of [23, 5] tokens padded to 23, not split: rank 1 has 5 tokens, and a prefill is split from 17 "
+        "tokens on",
+    ),
+    (
+        [wish(3, split=False), wish(19, 31), IDLE, wish(29, split=False)],
+        "prefill of [3, 19, 0, 29] tokens padded to 31, not split: ranks 0 and 3 declined",
+    ),
+    ([IDLE, IDLE, IDLE], "nothing is played: no rank has tokens"),
+]
+
+
+@pytest.mark.parametrize(("wishes", "plan"), PLANS)
+def test_the_plan_of_these_wishes(wishes, plan):
+    assert str(decide(wishes, LIMITS)) == plan
+
+
+def test_all_idle_says_that_nothing_is_played():
+    assert decide([IDLE, IDLE], LIMITS) == BatchPlan((0, 0), 0, 0, False, Phase.IDLE, "no rank has tokens")
+
+
+def test_rows_that_do_not_fill_the_microbatches_are_not_split():
+    limits = replace(LIMITS, min_decode_tokens=1)
+    few = [wish(5, decode=True), wish(2, decode=True)]
+    assert decide(few, limits).reason == "5 tokens do not make 2 microbatches of at least 3"
+    assert decide([wish(5, 6, decode=True), few[1]], limits).num_microbatches == 2
+
+
+def test_a_microbatch_of_padding_alone_is_played():
+    assert decide([wish(97), wish(17)], LIMITS).num_microbatches == 2
+
+
+def test_one_microbatch_is_no_split():
+    assert decide([wish(97)], replace(LIMITS, num_microbatches=1)).reason == "num_microbatches=1"
+
+
+def test_a_wish_has_room_for_its_tokens():
+    with pytest.raises(ValueError, match="13 tokens cannot be padded to 12"):
+        wish(13, 12)
+
+
+AUTO = Buckets("auto")
+
+
+@st.composite
+def wishes(draw):
+    num_tokens = draw(st.one_of(st.just(0), st.integers(1, 40)))
+    if num_tokens == 0:
+        return IDLE
+    mostly = st.integers(0, 7).map(bool)
+    padded = AUTO.bucket(num_tokens)
+    return wish(num_tokens, padded, split=draw(mostly), gate=draw(st.booleans()), decode=draw(mostly))
+
+
+steps = st.lists(wishes(), min_size=1, max_size=8)
+limits = st.builds(Limits, st.integers(1, 4), st.integers(1, 20), st.integers(1, 20), st.integers(1, 5))
+
+
+@given(steps, limits)
+def test_all_split_exactly_if_every_rank_wants_it_and_the_smallest_is_large_enough(step, limits):
+    plan, busy = decide(step, limits), [w for w in step if w.num_tokens]
+    decode = all(w.decode for w in busy)
+    splits = (
+        bool(busy)
+        and limits.num_microbatches > 1
+        and all(w.wants_split for w in busy)
+        and min(w.num_tokens for w in busy) >= (limits.min_decode_tokens if decode else limits.min_prefill_tokens)
+        and plan.padded_tokens // limits.num_microbatches >= limits.least_rows
+    )
+    assert plan.num_microbatches == (limits.num_microbatches if splits else 1 if busy else 0)
+    assert (plan.reason == "") == splits
+    assert plan.gate == (splits and any(w.wants_gate for w in busy))
+    assert plan.phase is (Phase.DECODE if decode else Phase.PREFILL) if busy else Phase.IDLE
+
+
+@given(steps, limits)
+def test_all_pad_to_the_bucket_of_the_largest(step, limits):
+    plan = decide(step, limits)
+    assert plan.num_tokens == tuple(w.num_tokens for w in step)
+    assert plan.padded_tokens == AUTO.bucket(max(plan.num_tokens))
+
+
+@given(steps, limits, st.randoms())
+def test_no_rank_counts_more_than_another(step, limits, rng):
+    order = rng.sample(range(len(step)), len(step))
+    plan, turned = decide(step, limits), decide([step[i] for i in order], limits)
+    assert turned.num_tokens == tuple(plan.num_tokens[i] for i in order)
+    assert replace(turned, num_tokens=(), reason="") == replace(plan, num_tokens=(), reason="")
+
+
+@given(steps, limits, st.integers(0, 8), st.booleans())
+def test_an_idle_rank_has_no_say(step, limits, at, gate):
+    more = list(step)
+    more.insert(at, replace(IDLE, wants_gate=gate))
+    plan, joined = decide(step, limits), decide(more, limits)
+    assert replace(joined, num_tokens=(), reason="") == replace(plan, num_tokens=(), reason="")
+
+
+@given(steps, limits)
+def test_the_reason_names_the_ranks_that_declined_or_the_smallest(step, limits):
+    plan, busy = decide(step, limits), {i: w for i, w in enumerate(step) if w.num_tokens}
+    if plan.reason.endswith("declined"):
+        declined = [i for i, w in busy.items() if not w.wants_split]
+        assert plan.reason == f"{listed(declined)} declined"
+    elif found := re.match(r"rank (\d+) has (\d+) tokens", plan.reason):
+        rank, num_tokens = map(int, found.groups())
+        assert num_tokens == busy[rank].num_tokens == min(w.num_tokens for w in busy.values())
+
+
+@given(steps, limits, st.data(), st.sampled_from(["program", "config"]))
+def test_one_rank_with_another_fingerprint_is_an_error(step, limits, data, what):
+    odd = data.draw(st.integers(0, len(step) - 1))
+    step = [replace(w, **{what: OTHER}) if i == odd else w for i, w in enumerate(step)]
+    if len(step) == 1:
+        assert decide(step, limits).num_tokens == (step[0].num_tokens,)
+        return
+    with pytest.raises(Disagreement, match=rf"the same {what}.*rank {odd}: {OTHER}"):
+        decide(step, limits)
+
+
+def test_a_disagreement_names_the_ranks_and_both_programs():
+    step = [wish(5), wish(7, program=OTHER), IDLE, wish(9, program=OTHER)]
+    found = f"ranks 0 and 2: {PROGRAM}, ranks 1 and 3: {OTHER}"
+    with pytest.raises(Disagreement, match=rf"^ranks must play the same program, but do not \({found}\)\. Compile "):
+        decide(step, LIMITS)
+
+
+def test_many_ranks_are_named_by_the_first_of_them():
+    assert [listed(range(n)) for n in (1, 2, 3, 9, 40)] == [
+        "rank 0",
+        "ranks 0 and 1",
+        "ranks 0, 1 and 2",
+        "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 1 more",
+        "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 32 more",
+    ]
+
+
+@given(steps, st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+def test_wishes_survive_the_sum_of_all_columns(step, program, config):
+    step = [replace(w, program=f"{program:016x}", config=f"{config:016x}") for w in step]
+    matrices = torch.zeros(len(step), NUM_ROWS, len(step), dtype=torch.int64)
+    for rank, w in enumerate(step):
+        matrices[rank, :, rank] = torch.tensor(w.packed(), dtype=torch.int64)
+    columns = zip(*matrices.sum(0).tolist(), strict=True)
+    assert [Wish.unpacked(column) for column in columns] == step
+
+
+# -- one rank ---------------------------------------------------------------------------------------------------------
+
+
+def alone(limits=LIMITS):
+    return Agreement(None, limits, timeout_s=1.0)
+
+
+def test_a_rank_alone_gets_what_it_wishes():
+    agreement = alone()
+    agreement.agree_ahead(wish(19, 20))
+    plans = [agreement.agree(w) for w in (wish(19, 20), wish(16), IDLE)]
+    assert plans == [decide([w], LIMITS) for w in (wish(19, 20), wish(16), IDLE)]
+
+
+def test_a_rank_alone_must_come_with_what_it_announced():
+    agreement = alone()
+    agreement.agree_ahead(wish(19))
+    with pytest.raises(Disagreement, match=r"rank 0 announced Wish\(num_tokens=19, .* but came with Wish\(num_tokens=23"):
+        agreement.agree(wish(23))
+    with pytest.raises(RankLost, match="rank 0 left: rank 0 announced"):
+        agreement.agree(wish(23))
+
+
+def test_a_step_is_announced_once():
+    agreement = alone()
+    agreement.agree_ahead(wish(19))
+    with pytest.raises(Disagreement, match="before it came to play"):
+        agreement.agree_ahead(wish(19))
+
+
+# -- simulated ranks --------------------------------------------------------------------------------------------------
+
+
+class Sums:
+    """An all-reduce between threads. `held_up(rank)` may stop the contribution of a rank."""
+
+    def __init__(self, num_ranks):
+        self.num_ranks = num_ranks
+        self.came = threading.Condition()
+        self.steps = {}
+        self.num_calls = [0] * num_ranks
+        self.store = dist.HashStore()
+
+
+class Group:
+    def __init__(self, sums, rank):
+        self.sums, self._rank = sums, rank
+
+    def size(self):
+        return self.sums.num_ranks
+
+    def rank(self):
+        return self._rank
+
+    def get_group_store(self):
+        return self.sums.store
+
+    def all_reduce(self, tensor):
+        sums = self.sums
+        step = sums.num_calls[self._rank]
+        sums.num_calls[self._rank] += 1
+        with sums.came:
+            sums.steps.setdefault(step, {})[self._rank] = tensor.clone()
+            sums.came.notify_all()
+        return Work(sums, sums.steps[step], tensor)
+
+
+class Work:
+    def __init__(self, sums, parts, tensor):
+        self.sums, self.parts, self.tensor = sums, parts, tensor
+
+    def is_completed(self):
+        return len(self.parts) == self.sums.num_ranks
+
+    def wait(self, timeout=None):
+        with self.sums.came:
+            if not self.sums.came.wait_for(self.is_completed, timeout and timeout.total_seconds()):
+                raise RuntimeError("Operation timed out!")
+        self.tensor.copy_(sum(self.parts.values()))
+        return True
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group, async_op: group.all_reduce(tensor))
+
+    def run(num_ranks, play, timeout_s=5.0):
+        """What `play(rank, agreement)` returns or raises on each of so many ranks."""
+        sums = Sums(num_ranks)
+        agreements = [Agreement(Group(sums, rank), LIMITS, timeout_s=timeout_s) for rank in range(num_ranks)]
+
+        def guarded(rank):
+            try:
+                return play(rank, agreements[rank])
+            except (Disagreement, RankLost) as error:
+                return f"{type(error).__name__}: {error}"
+
+        with ThreadPoolExecutor(num_ranks) as pool:
+            results = list(pool.map(guarded, range(num_ranks)))
+        return results, sums
+
+    return run
+
+
+def test_every_rank_gets_the_plan_that_follows_from_all_wishes(simulated):
+    step = [wish(37, 40), IDLE, wish(19, gate=True)]
+    plans, sums = simulated(3, lambda rank, agreement: [agreement.agree(step[rank]) for _ in range(3)])
+    assert plans == [[decide(step, LIMITS)] * 3] * 3
+    assert sums.num_calls == [3, 3, 3]
+    assert sums.store.num_keys() == 3  # the counts of rolls: steps in time leave nothing behind
+
+
+def test_a_slow_rank_is_waited_for(simulated):
+    def play(rank, agreement):
+        time.sleep(0.9 * (rank == 1))
+        return agreement.agree(wish(19 + rank)).num_tokens
+
+    assert simulated(2, play)[0] == [(19, 20)] * 2
+
+
+def test_different_programs_are_the_same_error_on_every_rank(simulated):
+    step = [wish(37), wish(19, program=OTHER), wish(23)]
+    errors, _ = simulated(3, lambda rank, agreement: agreement.agree(step[rank]))
+    assert errors == [errors[0]] * 3
+    assert f"(ranks 0 and 2: {PROGRAM}, rank 1: {OTHER})" in errors[0]
+
+
+def test_ranks_may_announce_or_not(simulated):
+    def play(rank, agreement):
+        found = []
+        for i in range(4):
+            mine = wish(19 + 7 * rank + i)
+            if (rank + i) % 2:
+                agreement.agree_ahead(mine)
+            found.append(agreement.agree(mine))
+        return found
+
+    plans, sums = simulated(2, play)
+    assert plans == [[decide([wish(19 + i), wish(26 + i)], LIMITS) for i in range(4)]] * 2
+    assert sums.num_calls == [4, 4]
+
+
+def test_a_rank_that_breaks_its_word_is_an_error_on_every_rank(simulated):
+    def play(rank, agreement):
+        agreement.agree_ahead(wish(19))
+        try:
+            agreement.agree(wish(19 + 4 * (rank == 1)))
+        finally:
+            if rank == 1:  # whose error may be caught: it is not let in again
+                with pytest.raises(RankLost, match="announced"):
+                    agreement.agree(wish(31))
+        return agreement.agree(wish(31))
+
+    began = time.monotonic()
+    (one, broke, two), _ = simulated(3, play, timeout_s=20.0)
+    assert re.match(r"Disagreement: rank 1 announced Wish\(num_tokens=19, .*, but came with Wish\(num_tokens=23", broke)
+    assert one == two == broke.replace("Disagreement: ", "RankLost: rank 1 left: ")
+    assert time.monotonic() - began < 3.0
+
+
+def test_a_rank_that_leaves_is_not_waited_for(simulated):
+    def play(rank, agreement):
+        if rank == 1:
+            agreement.leave("300 tokens are too many")
+        return agreement.agree(wish(19))
+
+    began = time.monotonic()
+    errors, _ = simulated(3, play, timeout_s=20.0)
+    assert errors == ["RankLost: rank 1 left: 300 tokens are too many"] * 3
+    assert time.monotonic() - began < 3.0
+
+
+def test_a_rank_that_comes_after_it_was_given_up_raises_what_the_others_did(simulated):
+    def play(rank, agreement):
+        agreement.agree(wish(19))
+        time.sleep(3.0 * (rank == 1))
+        return agreement.agree(wish(19))
+
+    errors, _ = simulated(3, play, timeout_s=0.6)
+    assert errors == [errors[0]] * 3
+    assert re.match(r"RankLost: rank 1 did not agree on step 2 within 1\.\d s$", errors[0])
+
+
+def test_a_rank_that_came_and_fell_silent_is_named(simulated):
+    def play(rank, agreement):
+        if rank == 1:
+            return agreement._roll.sign(1, 7)
+        return agreement.agree(wish(19))
+
+    errors, _ = simulated(3, play, timeout_s=0.6)
+    assert errors[0] == errors[2]
+    assert errors[0].startswith("RankLost: rank 1 did not agree on step 1 within ")
+
+
+def test_an_all_reduce_that_fails_is_blamed_at_once_on_the_only_rank_missing(simulated, monkeypatch):
+    def broken(self, timeout=None):
+        raise RuntimeError("Connection closed by peer\nand much more")
+
+    monkeypatch.setattr(Work, "is_completed", lambda self: True)
+    monkeypatch.setattr(Work, "wait", broken)
+    began = time.monotonic()
+    errors, _ = simulated(3, lambda rank, agreement: rank == 1 or agreement.agree(wish(19)), timeout_s=20.0)
+    assert errors[0] == errors[2]
+    assert re.match(r"RankLost: rank 1 did not agree on step 1 .* s \(Connection closed by peer\)$", errors[0])
+    assert time.monotonic() - began < 3.0
+
+
+def test_a_store_that_is_gone_does_not_hold_up_the_error(monkeypatch):
+    class Gone(dist.HashStore):
+        def set(self, key, value):
+            time.sleep(9.0)
+
+    monkeypatch.setattr(rollcall, "GRACE_SECONDS", 0.3)
+    began = time.monotonic()
+    call = RollCall(Roll(Gone(), 0, 2), 1, "agree on step 1", began + 0.3)
+    assert call.verdict().startswith("ranks did not all agree on step 1, nor does their store say who is missing")
+    assert time.monotonic() - began < 1.0
+
+
+def test_an_agreement_made_in_inference_mode_serves_outside_of_it(simulated):
+    with torch.inference_mode():
+        made = Agreement(Group(Sums(1), 0), LIMITS, timeout_s=1.0)
+    assert made.agree(wish(19)).num_tokens == (19,)
+
+
+# -- real ranks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(4) as ranks:
+        yield ranks
+
+
+def agreement_of(members, timeout_s):
+    group = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+    return Agreement(group_for_agreeing(group, timeout_s=timeout_s), LIMITS, timeout_s=timeout_s)
+
+
+def random_steps(members, seed):
+    """Whether all plans of 100 steps follow from what all ranks wish; each announces some steps, and dawdles at some."""
+    if dist.get_rank() not in members:
+        return True
+    agreement, me = agreement_of(members, 20.0), members.index(dist.get_rank())
+    shared, own = random.Random(seed), random.Random(me)
+    right = []
+    for _ in range(100):
+        step = [random_wish(shared) for _ in members]
+        if own.random() < 0.3:
+            agreement.agree_ahead(step[me])
+            time.sleep(own.choice([0, 0, 0.001]))
+        right.append(agreement.agree(step[me]) == decide(step, LIMITS))
+    return all(right)
+
+
+def random_wish(rng):
+    num_tokens = rng.choice([0, rng.randrange(1, 60), rng.randrange(17, 60)])
+    padded = AUTO.bucket(num_tokens)
+    return wish(num_tokens, padded, split=rng.random() < 0.9, gate=rng.random() < 0.2, decode=rng.random() < 0.5)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("members", [[1, 3], [0, 1, 2, 3]])
+def test_real_ranks_agree_on_a_hundred_steps(ranks, members):
+    assert ranks.run(random_steps, members, 7) == [True] * 4
+
+
+def different_programs():
+    try:
+        agreement_of([0, 1, 2, 3], 20.0).agree(wish(19, program=OTHER if dist.get_rank() == 2 else PROGRAM))
+    except Disagreement as error:
+        return str(error)
+
+
+@pytest.mark.ranks
+def test_real_ranks_raise_the_same_error_for_different_programs(ranks):
+    errors = ranks.run(different_programs)
+    assert errors == [errors[0]] * 4
+    assert f"(ranks 0, 1 and 3: {PROGRAM}, rank 2: {OTHER})" in errors[0]
+
+
+def one_never_comes(how, timeout_s):
+    """What a rank that does come raises, and after how long; rank 1 meets the others once and then does what it does."""
+    agreement = agreement_of([0, 1, 2, 3], timeout_s)
+    agreement.agree(wish(19))
+    if dist.get_rank() == 1 and how == "raises":
+        return "RuntimeError: out of memory", 0.0
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), getattr(signal, how))
+    began = time.monotonic()
+    try:
+        return str(agreement.agree(wish(19))), 0.0
+    except RankLost as error:
+        return str(error), time.monotonic() - began
+
+
+@pytest.mark.ranks
+def test_a_rank_that_raises_before_it_agrees_is_named(ranks):
+    answers = ranks.run(one_never_comes, "raises", 2.0)
+    check_survivors([answers[i] for i in (0, 2, 3)], 2.0)
+
+
+def check_survivors(answers, timeout_s):
+    texts, seconds = zip(*answers, strict=True)
+    assert list(texts) == [texts[0]] * 3
+    assert re.match(r"rank 1 did not agree on step 2 within \d\.\d s", texts[0])
+    assert max(seconds) < timeout_s + 2.0
+
+
+def survivors(ranks, fn, *args):
+    """What ranks 0, 2 and 3 return while rank 1 does not answer; `Ranks.run` would take that as the end of all."""
+    connections = [connection for _, connection in ranks._ranks]
+    for connection in connections:
+        connection.send_bytes(pickle.dumps((fn, args)))
+    alive = [connections[i] for i in (0, 2, 3)]
+    assert all(connection.poll(20.0) for connection in alive)
+    return [pickle.loads(connection.recv_bytes()).value for connection in alive]
+
+
+@pytest.mark.ranks
+def test_a_rank_that_is_stopped_is_named_and_hears_of_it_when_it_goes_on(ranks):
+    answers = survivors(ranks, one_never_comes, "SIGSTOP", 2.0)
+    check_survivors(answers, 2.0)
+    process, connection = ranks._ranks[1]
+    os.kill(process.pid, signal.SIGCONT)
+    assert connection.poll(20.0)
+    assert pickle.loads(connection.recv_bytes()).value[0] == answers[0][0]
+
+
+@pytest.mark.ranks
+def test_a_rank_that_is_killed_is_named_long_before_the_timeout(ranks):
+    check_survivors(survivors(ranks, one_never_comes, "SIGKILL", 30.0), -26.0)
+    with pytest.raises(RankFailed):
+        ranks.run(operator.add, 1, 2)
