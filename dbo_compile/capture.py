@@ -15,7 +15,6 @@ from dbo_compile import graph as g
 from dbo_compile.errors import NotSplit
 from dbo_compile.rules.collectives import comm_op
 
-
 SPECIALISED = "the model was specialised to the number of tokens that it was first called with"
 
 

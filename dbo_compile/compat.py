@@ -19,13 +19,14 @@ from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
+from torch._higher_order_ops.auto_functionalize import auto_functionalized, auto_functionalized_v2
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_passes.post_grad import decompose_auto_functionalized
 from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
 from torch._inductor.fx_utils import FakeTensorUpdater
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -92,8 +93,8 @@ def to_aten(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: Callabl
     re-inplacing pass knows its `index_put` form only, and without it a KV cache would be copied whole.
     """
 
-    def boxed(aten_gm: fx.GraphModule, fake_inputs: Sequence[Any]) -> Compiled:
-        made: Compiled = make_boxed_func(compiler(aten_gm, fake_inputs))
+    def boxed(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        made: Compiled = make_boxed_func(compiler(gm, example_inputs))
         return made
 
     compiled: Compiled = aot_module_simplified(
@@ -116,6 +117,8 @@ def argument_positions(placeholders: Sequence[fx.Node]) -> dict[int, int]:
 
 def reinplace(gm: fx.GraphModule) -> None:
     """Turn functional updates of graph inputs back into updates in place, on the whole graph, before it is cut."""
+    if not any(n.target in (aten.copy_.default, auto_functionalized, auto_functionalized_v2) for n in gm.graph.nodes):
+        return
     takes_module = "gm" in signature(FakeTensorUpdater).parameters  # torch 2.11 takes the graph
     updater = FakeTensorUpdater(gm if takes_module else gm.graph)  # type: ignore[arg-type]
     with V.set_fake_mode(TracingContext.get().fake_mode):

@@ -81,11 +81,15 @@ def _rank(rank: int, folder: Path) -> None:
     with torch.no_grad():
         texts = _show(rank, folder)
     for turn in range(WORLD_SIZE):  # one rank after the other, so that lines do not mix
-        dist.barrier()
+        _barrier()
         if turn == rank:
             say("\n".join(["", f"--- rank {rank} ".ljust(100, "-"), *texts]))
-    dist.barrier()
+    _barrier()
     dist.destroy_process_group()
+
+
+def _barrier() -> None:
+    dist.barrier()
 
 
 def _show(rank: int, folder: Path) -> list[str]:
@@ -121,7 +125,7 @@ def _medians(variants: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(REPEATS + 1):
         for name, call in variants.items():
-            dist.barrier()
+            _barrier()
             start = time.perf_counter()
             call()
             if repeat:  # the first call compiles

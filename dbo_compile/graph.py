@@ -6,12 +6,12 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, cast
 
 import sympy
 import torch
 from torch import fx
-
 
 WAIT = torch.ops._c10d_functional.wait_tensor.default
 
@@ -36,7 +36,9 @@ def value(node: fx.Node) -> Any:
 
 def expression(size: int | torch.SymInt | torch.SymFloat | torch.SymBool) -> sympy.Expr:
     """A size as a sympy expression: comparing these adds no guard, comparing SymInts would."""
-    return size.node.expr if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else sympy.sympify(size)
+    if isinstance(size, int):
+        return sympy.Integer(size)
+    return size.node.expr
 
 
 def is_symbolic_number(node: fx.Node) -> bool:
@@ -137,15 +139,23 @@ def _hint(size: int | torch.SymInt) -> int:
 
 
 def _schema_args(node: fx.Node) -> Iterator[tuple[fx.Node, Any]]:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
+    """The nodes among the arguments whose memory the op says something about, and what it says."""
+    aliased = _aliased_args(node.target)
+    if not aliased:
         return
-    named = {a.name: a.alias_info for a in schema.arguments}
-    given = [*zip((a.name for a in schema.arguments), node.args, strict=False), *node.kwargs.items()]
-    for name, arg in given:
-        for leaf in flat(arg):
-            if isinstance(leaf, fx.Node):
-                yield leaf, named[name]
+    for name, arg in (*((i, arg) for i, arg in enumerate(node.args)), *node.kwargs.items()):
+        if name in aliased:
+            for leaf in flat(arg):
+                if isinstance(leaf, fx.Node):
+                    yield leaf, aliased[name]
+
+
+@cache
+def _aliased_args(target: Any) -> dict[int | str, Any]:
+    """The arguments that the schema of an op gives alias information for, by position and by name."""
+    schema = getattr(target, "_schema", None)
+    args = enumerate(schema.arguments) if schema is not None else ()
+    return {key: a.alias_info for i, a in args if a.alias_info is not None for key in (i, a.name)}
 
 
 def module_path(node: fx.Node) -> str:

@@ -89,8 +89,7 @@ def test_equal_costs_keep_both_lanes_busy_in_the_steady_state(deep):
 def test_the_policies_differ_in_overlap_alone(_one_rank):
     makespan = {}
     for policy in ("sequential", "alternate", "list"):
-        program = levels_of(2, policy=policy).program
-        makespan[policy] = simulate(program, lambda run: 1.0).makespan
+        makespan[policy] = levels_of(2, policy=policy).timeline.makespan
     assert makespan["list"] <= makespan["alternate"] < makespan["sequential"]
 
 

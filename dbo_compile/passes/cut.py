@@ -118,7 +118,8 @@ class _Cutter:
         leaves layers that differ only in which weight they read the same code."""
         if node.op == "get_attr":
             return True
-        if draws_random_numbers(node) or node in self.tokens.barriers or not isinstance(self.tokens.places[node], Shared):
+        is_once = draws_random_numbers(node) or node in self.tokens.barriers
+        if is_once or not isinstance(self.tokens.places[node], Shared):
             return False
         tensors = [n for n in node.all_input_nodes if not g.is_symbolic_number(n)]
         if not tensors or g.written(node):

@@ -32,7 +32,7 @@ def emit(program: Program, fns: Mapping[str, Callable[..., Any]], results: Seque
     for name, fn in fns.items():
         object.__setattr__(root, name, fn)
     module = fx.GraphModule(root, emitter.graph, "Program")
-    module.steps = emitter.steps
+    object.__setattr__(module, "steps", emitter.steps)
     return module
 
 

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from dbo_compile import compat
 from dbo_compile.ir.tokens import TOKENS
+from dbo_compile.passes.code import Code
 from dbo_compile.passes.cut import Kind
-from dbo_compile.passes.outline import Code
 
 
 @dataclass(frozen=True, slots=True)

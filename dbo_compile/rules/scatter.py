@@ -136,13 +136,15 @@ def write(w: Write) -> Ruling:
 def _arrange(w: Write, rows: Value) -> Ruling | None:
     """What is special about writing rows by numbers of known order: it is what makes and uses permutations."""
     values, order = w.values, order_of(rows)
-    if values is None or not order or not rows.is_position or isinstance(w.buffer.place, Shared):
+    if not order or not rows.is_position or isinstance(w.buffer.place, Shared):
         return None
-    alike = not w.adds and w.buffer.sizes[0] == rows.sizes[0] == values.sizes[0] if values.ndim else False
+    if values is None or values.ndim != w.buffer.ndim or values.sizes[0] == 1:
+        return None
+    alike = not w.adds and w.buffer.sizes[0] == rows.sizes[0] == values.sizes[0]
     if values.dim == 0:
-        if alike and is_inverse(rows) and not values.is_position and values.ndim == w.buffer.ndim:
+        if alike and is_inverse(rows) and not values.is_position:
             return Ruling(Local(order))
-        if alike and is_permutation(rows) and values.is_position and values.ndim == 1:
+        if alike and is_permutation(rows) and values.is_position:
             return Ruling(Local(order, position=True, inverse=True), local_positions=True)
     if values.is_local and not values.is_position and not is_inverse(rows) and (alike or _adds_home(w, rows)):
         return put_back(values, rows) if rows_per_token(w.buffer.sizes[0]) else None
@@ -241,7 +243,7 @@ def _write_masked(w: Write) -> Ruling:
     one_for_all = values is None or values.ndim < picked or values.sizes[-picked] == 1
     if values is None or (isinstance(values.place, Shared) and one_for_all):
         return Ruling(Split(carried(buffer)) if buffer.dim is not None else ordered(buffer, _common(buffer, mask)))
-    if buffer.dim != at or not values.is_local or values.is_position:
+    if buffer.dim != at or one_for_all or not values.is_local or values.is_position:
         raise CannotSplit("it fills in values one after the other: a token's depend on the tokens before it")
     return Ruling(Split(at), assumes=FILLED)
 

@@ -10,14 +10,14 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, Protocol, cast
 
 import torch
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllreduceOptions, ProcessGroup, ProcessGroupGloo, Work
 
 from dbo_compile.errors import Disagreement, RankLost
 from dbo_compile.runtime.plan import NUM_ROWS, BatchPlan, Limits, Wish, decide
-from dbo_compile.runtime.rollcall import Roll, RollCall
+from dbo_compile.runtime.rollcall import GRACE_SECONDS, Roll, RollCall
 
 PATIENCE_SECONDS = 0.5
 """How long an all-reduce may take before this rank calls the roll: a step in time never touches the store."""
@@ -25,38 +25,53 @@ POLL_SECONDS = 0.1
 CPU = torch.device("cpu")
 
 
+class Link(Protocol):
+    """What carries the numbers: a process group, or connections that no group knows of."""
+
+    def allreduce(self, tensors: list[torch.Tensor], options: AllreduceOptions) -> Work: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Started:
     """A step that this rank has told the others its wish for; no work where a rank is alone."""
 
     wish: Wish
-    work: dist.Work | None
+    work: Work | None
 
 
 class Agreement:
     """Where the ranks of a group meet before each step; with no group, or a group of one, each wish makes the plan.
 
-    Ranks make their agreements over a group in the same order, and between `agree_ahead` and `agree` nothing else may
-    communicate over it: `group_for_agreeing` makes a group of its own. `device` is where the numbers live that are
-    exchanged, as the backend of the group demands. After a `RankLost` an agreement is of no use any more.
+    Ranks make their agreements over a group in the same order; to make one waits for `connect_timeout_s`, since other
+    ranks may still be compiling. On the CPU it has connections of its own, and so never mixes with what else is sent
+    over the group. On another `device` it uses those of the group, and between `agree_ahead` and `agree` every rank
+    must send the same over them. Ranks are numbered as in the group. After a `RankLost` it is of no use any more.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, limits: Limits, *, timeout_s: float, device: torch.device = CPU
+        self,
+        group: ProcessGroup | None,
+        limits: Limits,
+        *,
+        timeout_s: float,
+        connect_timeout_s: float = 1800.0,
+        device: torch.device = CPU,
     ) -> None:
         self.limits = limits
-        self._group = group if group is not None and group.size() > 1 else None
-        self._rank = 0 if group is None else group.rank()
         self._timeout_s = timeout_s
         self._num_steps = 0
-        self._met_at = float("-inf")
         self._ahead: _Started | None = None
         self._lost = ""
+        self._rank = 0 if group is None else group.rank()
+        self._link: Link | None = None
         self._stream = None if device.type == "cpu" else torch.Stream(device)
-        if self._group is not None:
-            self._roll = Roll(self._group.get_group_store(), self._rank, self._group.size())
-            with torch.inference_mode(False), self._on_stream():  # no inference tensor: those are not written outside
-                self._matrix = torch.zeros(NUM_ROWS, self._group.size(), dtype=torch.int64, device=device)
+        if group is None or group.size() == 1:
+            return
+        self._roll = Roll(group.get_group_store(), self._rank, group.size())
+        self._link = group if self._stream else _connected(self._roll, connect_timeout_s)
+        self._met_at = time.monotonic()
+        with torch.inference_mode(False), self._on_stream():  # no inference tensor: those are not written outside
+            self._matrix = torch.zeros(NUM_ROWS, group.size(), dtype=torch.int64, device=device)
 
     def agree(self, wish: Wish) -> BatchPlan:
         """Wait until every rank has come to this step. Raises `Disagreement` or `RankLost`, the same on every rank.
@@ -80,7 +95,7 @@ class Agreement:
     def leave(self, why: str) -> None:
         """Tell the others that this rank comes no more, so that they need not wait for `timeout_s` to know."""
         words = f"rank {self._rank} left: {why}"
-        self._lost = words if self._group is None else self._roll.promptly(lambda: self._roll.publish(words)) or words
+        self._lost = words if self._link is None else self._roll.promptly(lambda: self._roll.publish(words)) or words
 
     def _refuse(self, why: str) -> NoReturn:
         self.leave(why)
@@ -91,17 +106,19 @@ class Agreement:
 
     def _start(self, wish: Wish) -> _Started:
         # Only a rank that was away for long can find that the others gave it up: else a look would cost every step.
-        if self._group is not None and time.monotonic() - self._met_at > 0.9 * self._timeout_s:
+        if self._link is not None and time.monotonic() - self._met_at > 0.9 * self._timeout_s:
             self._lost = self._lost or self._roll.promptly(self._roll.verdict)
         if self._lost:
             raise RankLost(self._lost)
         self._num_steps += 1
-        if self._group is None:
+        if self._link is None:
             return _Started(wish, None)
+        options = AllreduceOptions()
+        options.timeout = timedelta(seconds=self._timeout_s + GRACE_SECONDS)
         column = torch.tensor(wish.packed(), dtype=torch.int64, device=CPU)
         with self._on_stream():
             self._matrix.zero_()[:, self._rank] = column.to(self._matrix.device)
-            return _Started(wish, dist.all_reduce(self._matrix, group=self._group, async_op=True))
+            return _Started(wish, self._link.allreduce([self._matrix], options))
 
     def _finish(self, started: _Started) -> list[Wish]:
         if started.work is None:
@@ -111,7 +128,7 @@ class Agreement:
         with self._on_stream():
             return [Wish.unpacked(column) for column in zip(*self._matrix.tolist(), strict=True)]
 
-    def _wait(self, work: dist.Work) -> None:
+    def _wait(self, work: Work) -> None:
         """Wait for the other ranks, and after a while call the roll too. Raises `RankLost` with its verdict."""
         what = f"agree on step {self._num_steps}"
         call = RollCall(self._roll, self._num_steps, what, time.monotonic() + self._timeout_s)
@@ -128,7 +145,7 @@ class Agreement:
         self._lost = call.verdict()
         raise RankLost(self._lost)
 
-    def _is_done(self, work: dist.Work, seconds: float) -> bool:
+    def _is_done(self, work: Work, seconds: float) -> bool:
         """Whether the all-reduce ended within `seconds`; raises what made it fail."""
         if self._stream is None:
             try:
@@ -144,13 +161,13 @@ class Agreement:
             return work.wait()
 
 
-def group_for_agreeing(group: dist.ProcessGroup, *, timeout_s: float) -> dist.ProcessGroup:
-    """A new group of the same ranks that exchanges numbers on the CPU; all ranks of `group` must call this."""
-    made = dist.new_group(
-        dist.get_process_group_ranks(group),
-        backend="gloo",
-        timeout=timedelta(seconds=timeout_s),
-        use_local_synchronization=True,
-    )
-    assert isinstance(made, dist.ProcessGroup), f"this rank is not in {group}"
-    return made
+def _connected(roll: Roll, timeout_s: float) -> Link:
+    call = RollCall(roll, 0, "connect", time.monotonic() + timeout_s)
+    call.begin()
+    try:
+        link = ProcessGroupGloo(roll.store_for("link"), roll.rank, roll.num_ranks, timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        call.fail(str(error).splitlines()[0])
+        raise RankLost(call.verdict()) from error
+    call.end()
+    return cast("Link", link)

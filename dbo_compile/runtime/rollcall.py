@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from dbo_compile.runtime.plan import listed
 
@@ -20,20 +21,10 @@ GRACE_SECONDS = WATCH_SECONDS + 3 * BEAT_SECONDS
 PROMPT_SECONDS = 1.0
 
 
-class Store(Protocol):
-    """The part of `torch.distributed.Store` that is needed here."""
-
-    def add(self, key: str, amount: int) -> int: ...
-    def check(self, keys: list[str]) -> bool: ...
-    def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
-    def get(self, key: str) -> bytes: ...
-    def set(self, key: str, value: str) -> None: ...
-
-
 class Roll:
     """What ranks know of each other beside their collectives: the last step each one waited in, and the verdict.
 
-    A rank of the same group has to make its rolls in the same order as the others.
+    The ranks of a group make its rolls in the same order: that numbers them.
     """
 
     def __init__(self, store: Store, rank: int, num_ranks: int) -> None:
@@ -41,6 +32,10 @@ class Roll:
         self.num_ranks = num_ranks
         self._store = store
         self._keys = f"dbo_compile/roll{store.add(f'dbo_compile/rolls/{rank}', 1)}"
+
+    def store_for(self, what: str) -> PrefixStore:
+        """A part of the store that is used for `what` alone."""
+        return PrefixStore(f"{self._keys}/{what}", self._store)
 
     def sign(self, step: int, beat: int) -> None:
         """Say that this rank is alive and waits in `step`."""

@@ -95,7 +95,7 @@ def test_a_record_after_the_next_compute_loses_overlap():
 
 
 def test_a_record_after_the_next_collective_loses_overlap():
-    message = refusal(moved(find("record dispatch1#0"), find("= dispatch1#1(") + 1))
+    message = refusal(moved(find("record combine1#0"), find("= dispatch1#1(") + 1))
     assert "waits for `dispatch1#1`, which nothing it reads depends on: overlap is lost" in message
 
 
@@ -109,7 +109,7 @@ def test_every_record_after_the_next_run_of_its_lane_is_refused(at):
 
 
 def test_a_wait_before_other_work_loses_overlap():
-    message = refusal(moved(find("compute wait combine1#0"), find("experts1#1(")))
+    message = refusal(moved(find("compute wait combine1#0"), find("= shared1#0(")))
     assert "waits for `combine1#0`, which nothing it reads depends on" in message
 
 
@@ -138,7 +138,7 @@ def test_freeing_twice_is_refused():
 
 
 def test_two_collectives_swapped_on_one_microbatch_are_refused():
-    first, second = find("counts1#1("), find("dispatch1#0(")
+    first, second = find("counts1#0("), find("dispatch1#0(")
     swapped = list(PROGRAM.instrs)
     swapped[first : second + 1] = [swapped[second], *swapped[first + 1 : second], swapped[first]]
     assert "reads n1#0, which nothing before it makes" in refusal(replace(PROGRAM, instrs=tuple(swapped)))

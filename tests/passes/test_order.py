@@ -7,9 +7,11 @@ import time
 import pytest
 
 from dbo_compile.ir.schedule import Lane, Segment, Step
+from dbo_compile.ir.tokens import Split
 from dbo_compile.ir.verify import verify_schedule
 from dbo_compile.passes.order import POLICIES, order
-from tests.ir.moe import comm, compute, moe, moe_schedule
+from dbo_compile.runtime.clock import simulate
+from tests.ir.moe import comm, compute, moe, moe_schedule, program_of
 
 LAYER = {s.name: s for s in (compute("attn", "x", "a"), comm("send", "a", "b"), compute("mlp", "b", "c"))}
 
@@ -93,6 +95,75 @@ def test_list_issues_a_read_on_the_comm_lane_after_the_compute_that_starts_befor
     assert str(order(segments, 1)) == "attn#0 counts#0 f0#0 f1#0 sizes#0 send#0 f2#0"
 
 
+def test_list_counts_rows_before_a_long_stretch_of_the_other_microbatch():
+    layer = (compute("attn", "x", "a"), comm("counts", "a", "c"), compute("sum", "c", "m"), comm("send", "a m", "b"))
+    segments = {s.name: s for s in layer}
+    soon, late = {"counts": 0.05, "sum": 0.01}, {"counts": 0.7, "sum": 0.01}
+    assert str(order(segments, 2, cost=lambda step: soon.get(step.segment, 1.0))) == (
+        "attn#0 counts#0 sum#0 send#0 attn#1 counts#1 sum#1 send#1"
+    )
+    assert str(order(segments, 2, cost=lambda step: late.get(step.segment, 1.0))) == (
+        "attn#0 counts#0 attn#1 counts#1 sum#0 send#0 sum#1 send#1"
+    )
+
+
+def test_short_compute_that_feeds_no_collective_soon_goes_after_what_is_more_urgent():
+    tail = (compute("tiny", "x", "t"), compute("end", "t", ""))
+    segments = {s.name: s for s in (compute("attn", "x", "a"), comm("send", "a", "b"), compute("mlp", "b", "c"), *tail)}
+    schedule = order(segments, 2, cost=lambda step: 0.01 if step.segment == "tiny" else 1.0)
+    assert str(schedule).startswith("attn#0 send#0 attn#1 send#1 ")
+
+
+def test_a_step_is_held_up_by_a_quarter_of_its_time_at_most():
+    # Each count feeds a collective after 0.1, and all are ready at once: two and no more fit in a quarter of `long`.
+    counts = {f"count{i}": compute(f"count{i}", "x", f"c{i}") for i in range(7)}
+    sends = {f"send{i}": comm(f"send{i}", f"c{i}", f"s{i}") for i in range(7)}
+    named = {"long": compute("long", "x", "l")} | counts | sends | {"end": compute("end", "l", "")}
+    costs = dict.fromkeys(counts, 0.1) | {"end": 9.0}
+    schedule = order(named, 1, cost=lambda step: costs.get(step.segment, 1.0))
+    compute_steps = [s.segment for s in schedule.steps if named[s.segment].lane is Lane.COMPUTE]
+    assert compute_steps[:4] == ["count0", "count1", "long", "count2"]
+
+
+def test_compute_that_starts_while_a_read_waits_for_its_counts_is_issued_before_it():
+    # The comm lane waits for `sizes` rather than start `other`, but `fill` starts first: `sizes` must not hold it up.
+    sizes = Segment("sizes", Lane.COMM, ("m",), ("n",), per_microbatch=True, host=True)
+    segments = (compute("attn", "x", "a"), comm("early", "a", "e"), compute("sum", "a", "m"), sizes,
+                comm("other", "e", "o"), compute("mlp", "n e", "y"), compute("fill", "x", "f"))  # fmt: skip
+    costs = {"early": 0.9, "sum": 0.95, "sizes": 0.1}
+    named = {s.name: s for s in segments}
+    schedule = order(named, 1, cost=lambda step: costs.get(step.segment, 1.0))
+    assert str(schedule) == "attn#0 early#0 sum#0 fill#0 sizes#0 other#0 mlp#0"
+
+
+EXACT = {"counts": 0.05, "sum": 0.01, "read": 0.01, "prep": 0.05}
+
+
+def exact_layer(i, lane):
+    """Expert parallelism that sends exactly the rows there are: counted, exchanged, read, and then sent."""
+    read = Segment(f"read{i}", lane, (f"m{i}",), (f"n{i}",), per_microbatch=True, host=True)
+    return (
+        *(compute(f"attn{i}", f"h{i}", f"a{i}"), comm(f"counts{i}", f"a{i}", f"c{i}")),
+        *(compute(f"sum{i}", f"c{i}", f"m{i}"), read, comm(f"dispatch{i}", f"a{i} n{i}", f"d{i}")),
+        *(compute(f"prep{i}", f"d{i} n{i}", f"p{i}"), compute(f"experts{i}", f"p{i}", f"e{i}")),
+        comm(f"combine{i}", f"e{i} n{i}", f"h{i + 1}"),
+    )
+
+
+@pytest.mark.parametrize("lane", Lane)
+@pytest.mark.parametrize("n", [2, 3])
+def test_exact_expert_parallelism_keeps_both_lanes_busy(n, lane):
+    segments = {s.name: s for i in range(11) for s in exact_layer(i, lane)}
+    schedule = order(segments, n, cost=lambda step: EXACT.get(step.segment.rstrip("0123456789"), 1.0))
+    places = {v: Split(0) for s in segments.values() for v in (*s.inputs, *s.outputs)}
+    program = program_of(schedule, places, ("h0",), ("h11",))
+    timeline = simulate(program, lambda run: EXACT.get(run.segment.rstrip("0123456789"), 1.0))
+    start, end = 0.2 * timeline.makespan, 0.8 * timeline.makespan
+    for on in Lane:
+        steady = [min(i.end, end) - max(i.start, start) for i in timeline.on(on) if i.end > start and i.start < end]
+        assert sum(steady) >= 0.95 * (end - start)
+
+
 def test_threaded_segments_play_microbatch_0_first():
     segments = {"f": compute("f", "x", "y"), "g": compute("g", "y", "z")}
 
@@ -116,3 +187,12 @@ def test_ordering_is_near_linear(num_layers, limit_s):
     schedule = order(segments, 2)
     assert time.process_time() - start < limit_s
     assert len(schedule.steps) == 16 * num_layers + 1
+
+
+def test_ordering_is_near_linear_where_much_is_ready_at_once():
+    width = 3001
+    named = {f"f{i}": compute(f"f{i}", "x", f"y{i}") for i in range(width)}
+    named |= {f"s{i}": comm(f"s{i}", f"y{i}", f"z{i}") for i in range(width)}
+    start = time.process_time()
+    order(named, 2, cost=lambda step: 0.01 if int(step.segment[1:]) % 2 else 1.0)
+    assert time.process_time() - start < 1.0

@@ -200,6 +200,10 @@ def test_rows_picked_by_their_number_are_written_back_there():
             Local("by_expert"),
         ),
         (lambda: ask(aten.index_put.default, ROWS, [local(3 * T, dtype=BOOL)], shared(1, 4)), Local()),
+        (lambda: ask(aten.index_fill.int_Scalar, local(U, dtype=INT, order="by_expert"), 0, shared(2), 0), Local()),
+        (lambda: ask(aten.index_put.default, tokens(T, 4), [PERM], local(4), True), Local()),
+        (lambda: ask(aten.index_put.default, tokens(T, 4), [PERM], local(1, 4), True), Local()),
+        (lambda: ask(aten.index_add.default, tokens(T, position=True), 0, PERM, local(3 * T)), NUMBERED),
         (lambda: ask(aten.masked_scatter.default, ROWS, local(3 * T, 1, dtype=BOOL), local(U)), Local()),
     ],
 )
@@ -247,6 +251,8 @@ def test_rows_are_arranged_in_a_buffer_of_a_microbatch_s_own(place, expected):
             "the rows were put in order by by_rank, but are put back by by_expert",
         ),
         (lambda: ask(aten.masked_scatter.default, tokens(T, 4), tokens(T, 4, dtype=BOOL), shared(9)), ONE_BY_ONE),
+        (lambda: ask(aten.index_put.default, tokens(5, T), [tokens(5, T, dtype=BOOL)], local(U)), ONE_BY_ONE),
+        (lambda: ask(aten.index_put.default, tokens(T, 4), [tokens(T, dtype=BOOL)], local(4)), ONE_BY_ONE),
         (lambda: ask(aten.masked_scatter.default, tokens(5, T), tokens(5, T, dtype=BOOL), local(U)), ONE_BY_ONE),
         (lambda: ask(aten.index_put.default, tokens(T, 4), [tokens(T, dtype=BOOL)], tokens(T, 4)), ONE_BY_ONE),
         (
