@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from dbo_compile import graph as g
-from dbo_compile.ir.tokens import Shared, Split, TokenMap
+from dbo_compile.ir.tokens import Shared, TokenMap
 from dbo_compile.passes.analyze import CHECKS, draws_random_numbers
 from dbo_compile.rules.collectives import comm_op, is_wait
 
@@ -247,4 +247,4 @@ def _maker(node: fx.Node) -> fx.Node:
 def unsplit_writes(group: Group, tokens: TokenMap) -> bool:
     """Whether a group played per microbatch writes what all tokens share: its microbatches keep their order."""
     targets = [n for m in group.nodes for n in g.written(m)]
-    return group.mode.per_microbatch and any(not isinstance(tokens.places[n], Split) for n in targets)
+    return group.mode.per_microbatch and any(isinstance(tokens.places[n], Shared) for n in targets)

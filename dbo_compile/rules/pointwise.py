@@ -64,8 +64,10 @@ def combined(values: Sequence[Value]) -> Ruling:
 
 
 def renewed(x: Value) -> Split | Local:
-    """The rows of `x` where they are, with new numbers in them."""
-    return replace(x.place, inverse=False) if isinstance(x.place, Local) else Split(carried(x))
+    """The rows of `x` where they are, with new numbers in them: if they led home from an order, they no longer do."""
+    if not isinstance(x.place, Local):
+        return Split(carried(x))
+    return replace(x.place, order="" if x.place.inverse else x.place.order, inverse=False)
 
 
 def carried(x: Value) -> int:
@@ -247,7 +249,7 @@ def _register() -> None:
     `dir` lists the ops that PyTorch itself has looked up by now: all that its tracing leaves in graphs.
     """
     packets = [getattr(aten, name) for name in dir(aten) if not name.endswith("_") or name.endswith("__")]
-    overloads = [op for p in packets if isinstance(p, torch._ops.OpOverloadPacket) for op in _overloads_of(p)]
+    overloads = [op for p in packets if hasattr(p, "overloads") for op in _overloads_of(p)]
     tagged = [op for op in overloads if torch.Tag.pointwise in op.tags and not op._schema.is_mutable]
     functional = [op for op in tagged if all("Tensor" in str(r.type) for r in op._schema.returns)]  # not aten.equal
     for op in [*functional, *UNTAGGED, *(getattr(prims, name).default for name in PRIMS)]:
