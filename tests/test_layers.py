@@ -189,7 +189,7 @@ BAD = [
     (
         "passes/analyze.py",
         "graph.call_function(add, (a, b))",
-        "makes a node by call_function: only passes/emit.py and passes/outline.py do",
+        "makes a node by call_function: only passes/emit.py and passes/code.py do",
     ),
 ]
 

@@ -68,7 +68,7 @@ class Agreement:
         if group is None or group.size() == 1:
             return
         self._roll = Roll(group.get_group_store(), self._rank, group.size())
-        self._link = group if self._stream else _connected(self._roll, connect_timeout_s)
+        self._link = group if self._stream is not None else _connected(self._roll, connect_timeout_s)
         self._met_at = time.monotonic()
         with torch.inference_mode(False), self._on_stream():  # no inference tensor: those are not written outside
             self._matrix = torch.zeros(NUM_ROWS, group.size(), dtype=torch.int64, device=device)

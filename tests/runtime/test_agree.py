@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,6 @@ from dbo_compile.config import Config
 from dbo_compile.errors import Disagreement, RankLost
 from dbo_compile.runtime import agree, rollcall
 from dbo_compile.runtime.agree import Agreement
-from dbo_compile.runtime.padding import Buckets
 from dbo_compile.runtime.plan import NUM_ROWS, BatchPlan, Limits, Phase, Wish, decide, listed
 from dbo_compile.runtime.rollcall import Roll, RollCall
 from tests.ranks import Ranks
@@ -92,7 +92,8 @@ def test_a_wish_has_room_for_its_tokens():
         wish(13, 12)
 
 
-AUTO = Buckets("auto")
+def bucket(num_tokens):
+    return -(-num_tokens // 8) * 8
 
 
 @st.composite
@@ -101,7 +102,7 @@ def wishes(draw):
     if num_tokens == 0:
         return IDLE
     mostly = st.integers(0, 7).map(bool)
-    padded = AUTO.bucket(num_tokens)
+    padded = bucket(num_tokens)
     return wish(num_tokens, padded, split=draw(mostly), gate=draw(st.booleans()), decode=draw(mostly))
 
 
@@ -130,7 +131,7 @@ def test_all_split_exactly_if_every_rank_wants_it_and_the_smallest_is_large_enou
 def test_all_pad_to_the_bucket_of_the_largest(step, limits):
     plan = decide(step, limits)
     assert plan.num_tokens == tuple(w.num_tokens for w in step)
-    assert plan.padded_tokens == AUTO.bucket(max(plan.num_tokens))
+    assert plan.padded_tokens == bucket(max(plan.num_tokens))
 
 
 @given(steps, limits, st.randoms())
@@ -316,7 +317,14 @@ def test_every_rank_gets_the_plan_that_follows_from_all_wishes(simulated):
     plans, sums = simulated(3, lambda rank, agreement: [agreement.agree(step[rank]) for _ in range(3)])
     assert plans == [[decide(step, LIMITS)] * 3] * 3
     assert sums.num_calls == [3, 3, 3]
-    assert sums.store.num_keys() == 6  # what connecting left: steps in time leave nothing behind
+
+
+def test_a_step_in_time_leaves_nothing_in_the_store(simulated):
+    def play(rank, agreement):
+        agreement.agree(wish(19))
+        return agreement._roll.signs(1)
+
+    assert simulated(3, play)[0] == [{}] * 3
 
 
 def test_a_slow_rank_is_waited_for(simulated):
@@ -436,6 +444,24 @@ def test_an_agreement_made_in_inference_mode_serves_outside_of_it(monkeypatch):
     assert made[0].agree(wish(19)).num_tokens == (19, 19)
 
 
+def test_a_device_is_asked_until_its_all_reduce_is_done(simulated):
+    def play(rank, agreement):
+        agreement._stream = nullcontext()  # as if the numbers lived on an accelerator
+        time.sleep(0.7 * (rank == 1))
+        return [agreement.agree(wish(19 + rank)).num_tokens for _ in range(2)]
+
+    assert simulated(2, play)[0] == [[(19, 20)] * 2] * 2
+
+
+def test_a_device_that_never_comes_is_named_too(simulated):
+    def play(rank, agreement):
+        agreement._stream = nullcontext()
+        return rank == 1 or agreement.agree(wish(19))
+
+    errors, _ = simulated(2, play, timeout_s=0.6)
+    assert errors[0].startswith("RankLost: rank 1 did not agree on step 1 within ")
+
+
 # -- real ranks -------------------------------------------------------------------------------------------------------
 
 
@@ -468,7 +494,7 @@ def random_steps(members, seed):
 
 def random_wish(rng):
     num_tokens = rng.choice([0, rng.randrange(1, 60), rng.randrange(17, 60)])
-    padded = AUTO.bucket(num_tokens)
+    padded = bucket(num_tokens)
     return wish(num_tokens, padded, split=rng.random() < 0.9, gate=rng.random() < 0.2, decode=rng.random() < 0.5)
 
 
