@@ -215,5 +215,16 @@ def evaluate(expr: sympy.Expr, values: Mapping[sympy.Symbol, Any]) -> Any:
 
 
 def process_group(name: Any) -> Any:
-    """The process group that a functional collective names (torch 2.13 also allows the group itself)."""
-    return _resolve_process_group(cast("Any", name)) if isinstance(name, str) else name
+    """The process group that a functional collective names (torch 2.13 also allows the group itself).
+
+    Raises `RuntimeError` for a group that there is no more, before anything is sent.
+    """
+    if not isinstance(name, str):
+        return name
+    try:
+        return _resolve_process_group(cast("Any", name))
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise RuntimeError(
+            f"the model communicates over process group {name!r}, which was destroyed or never made on this rank; "
+            "compile the model after init_process_group, and keep the group as long as the model"
+        ) from error

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 
 from dbo_compile import reports
 from dbo_compile.errors import InvalidProgram, InvalidSchedule
@@ -164,3 +165,15 @@ def test_a_result_read_before_it_is_made_is_refused(levels):
     end = program.instrs[places(program, End)[0]]
     at = next(i for i, instr in enumerate(program.instrs) if isinstance(instr, Run) and instr.outs)
     refused(program, (*program.instrs[:at], end, *program.instrs[at:-1]))
+
+
+def test_a_group_that_is_gone_is_an_error_that_says_what_to_do(_one_rank):
+    group = dist.new_group([0])
+    compiled = torch.compile(
+        lambda x: funcol.all_reduce(x.exp(), "sum", group) + 1, backend="dbo", options={"inner": "eager"}
+    )
+    with torch.no_grad():
+        assert compiled(torch.ones(4, 2)).shape == (4, 2)
+        dist.destroy_process_group(group)
+        with pytest.raises(RuntimeError, match="keep the group as long as the model"):
+            compiled(torch.ones(4, 2))

@@ -395,7 +395,7 @@ def test_a_rank_that_comes_after_it_was_given_up_raises_what_the_others_did(simu
 
     errors, _ = simulated(3, play, timeout_s=0.6)
     assert errors == [errors[0]] * 3
-    assert re.match(r"RankLost: rank 1 did not agree on step 2 within 1\.\d s$", errors[0])
+    assert re.match(r"RankLost: rank 1 did not agree on step 2 within \d\.\d s$", errors[0])
 
 
 def test_a_rank_that_came_and_fell_silent_is_named(simulated):
