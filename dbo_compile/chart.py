@@ -20,7 +20,7 @@ rect.step { stroke: #fff; stroke-width: .5; } .name { fill: #fff; font-size: 10p
 
 
 def svg(charts: Sequence[tuple[str, Timeline]]) -> str:
-    """Charts under each other, each with its title and a time axis of its own."""
+    """Charts under each other, each with its title and a time axis of its own; times are seconds."""
     height = TOP + sum(_height() for _ in charts)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}">',
@@ -48,7 +48,7 @@ def _legend(charts: Sequence[tuple[str, Timeline]]) -> Iterator[str]:
 
 
 def _chart(title: str, timeline: Timeline, top: int) -> Iterator[str]:
-    yield f'<text x="{LABEL}" y="{top + 18}" font-weight="bold">{escape(title)}: {escape(str(timeline))}</text>'
+    yield f'<text x="{LABEL}" y="{top + 18}" font-weight="bold">{escape(title)}: {_summary(timeline)}</text>'
     scale = (WIDTH - LABEL - 10) / (timeline.makespan or 1.0)
     for row, lane in enumerate(Lane):
         y = top + 28 + row * (ROW + GAP)
@@ -58,12 +58,17 @@ def _chart(title: str, timeline: Timeline, top: int) -> Iterator[str]:
             yield from _bar(interval, y, scale)
 
 
+def _summary(timeline: Timeline) -> str:
+    busy = ", ".join(f"{lane.value} busy {timeline.busy(lane) * 1e3:.1f}" for lane in Lane)
+    return f"{timeline.makespan * 1e3:.1f} ms in all, {busy}, {timeline.hidden_comm:.0%} of communication hidden"
+
+
 def _bar(interval: Interval, y: int, scale: float) -> Iterator[str]:
     x, width = LABEL + interval.start * scale, max((interval.end - interval.start) * scale, 0.5)
     step = str(Step(interval.segment, interval.microbatch))
     m = interval.microbatch
     paint = 'class="step once"' if m is None else f'class="step" fill="{COLOURS[m % len(COLOURS)]}"'
-    hover = f"{step}: {interval.start:.6g} to {interval.end:.6g}"
+    hover = f"{step}: {interval.start * 1e3:.3f} to {interval.end * 1e3:.3f} ms"
     yield f'<rect {paint} x="{x:.2f}" y="{y}" width="{width:.2f}" height="{ROW}"><title>{escape(hover)}</title></rect>'
     if width > 7 * len(step):
         yield f'<text class="name" x="{x + 4:.2f}" y="{y + ROW / 2 + 4}">{escape(step)}</text>'

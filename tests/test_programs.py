@@ -167,6 +167,18 @@ def test_a_result_read_before_it_is_made_is_refused(levels):
     refused(program, (*program.instrs[:at], end, *program.instrs[at:-1]))
 
 
+def test_an_all_to_all_by_place_among_the_tokens_is_a_barrier(_one_rank):
+    def fn(x):
+        return funcol.all_to_all_single(x.exp(), None, None, dist.group.WORLD).sin()
+
+    x = torch.randn(9, 4, dtype=torch.float64)
+    with torch.no_grad():
+        got = torch.compile(fn, backend="dbo", options=ALWAYS, fullgraph=True)(x)
+        torch.testing.assert_close(got, fn(x), rtol=0.0, atol=1e-12)
+    assert reports()[-1].calls_split == 1
+    assert "place among all tokens" in next(iter(reports()[-1].barriers.values()))
+
+
 def test_a_group_that_is_gone_is_an_error_that_says_what_to_do(_one_rank):
     group = dist.new_group([0])
     compiled = torch.compile(
