@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_link [--rates 2gbit 1gbit 500mbit] [--tokens 512]
 
-Each rank runs in a network namespace of its own, with one thread; `link.sh` joins them by a veth pair that a token bucket
-shapes; that needs root. All variants run the same model with the same exchange (exact splits), in turn, on the same inputs; the table has
-medians, and ratios to Inductor.
+Each rank runs in a network namespace of its own, with one thread; `link.sh` joins them by a veth pair that a token
+bucket shapes; that needs root. All variants run the same model with the same exchange (exact splits), in turn, on the
+same inputs; the table has medians, and ratios to Inductor.
 
 One gloo all-to-all alone may fill only half of a TCP link (both directions share what one collective does in turn), and
 two in flight fill it: so `Inductor, halves` sends every exchange as two concurrent halves of the columns, which is what

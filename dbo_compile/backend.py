@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
+import torch.distributed as dist
 from torch import fx
 
 from dbo_compile import capture, compat
 from dbo_compile import graph as g
 from dbo_compile.config import Config
+from dbo_compile.dump import dump
 from dbo_compile.errors import NotSplit
 from dbo_compile.ir.program import Program, Run
 from dbo_compile.ir.proof import verify_program
@@ -29,7 +32,7 @@ from dbo_compile.passes.lower import lower
 from dbo_compile.passes.order import order
 from dbo_compile.passes.outline import Outline, outline
 from dbo_compile.passes.sync import sync
-from dbo_compile.report import Levels, Report, add_report
+from dbo_compile.report import Levels, Report, add_report, reports
 from dbo_compile.runtime.engine import Engine, TokenInput
 
 setup_from_environment()
@@ -46,6 +49,7 @@ def dbo(
     if mode is not None:
         raise ValueError(f"backend dbo has no modes, got mode={mode!r}; use options={{...}}, see dbo_compile.Config")
     config = Config.from_options(options)
+    _refuse_what_is_not_there(config)
     original = copy.copy(gm)
     try:
         return _split(gm, example_inputs, config)
@@ -53,6 +57,16 @@ def dbo(
         logger.info("a graph is not split: %s", why)
         add_report(Report(reason=str(why)))
         return compat.whole_graph_inductor(original, example_inputs) if config.inner == "inductor" else original.forward
+
+
+NOT_THERE = ("pad_to", "pad_values", "dp_group", "dp_sync", "cuda_graph", "comm_sms", "gate", "timeout_s")
+"""Options of the design that this version does not have. Asking for one is an error, never silence."""
+
+
+def _refuse_what_is_not_there(config: Config) -> None:
+    for name in NOT_THERE:
+        if getattr(config, name) != getattr(Config(), name):
+            raise ValueError(f"option {name!r} is not available in this version of dbo-compile; leave it out")
 
 
 def _split(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
@@ -116,6 +130,8 @@ def compile_graph(gm: fx.GraphModule, tokens: Sequence[capture.TokenTensor], con
     n = config.num_microbatches
     levels = Levels(gm.graph, placed, segments, schedules[n], programs[n], modules[n], cost)
     add_report(Report(levels=levels, engine=engine))
+    if config.dump:
+        _dump(levels, Path(config.dump))
     return engine
 
 
@@ -127,6 +143,15 @@ def _refuse_sizes_from_data(graph: fx.Graph) -> None:
         if any(g.symbols_of(v) - known for v in vals):
             where = g.source_line(node)
             raise NotSplit(f"the size of the result of {node.target} depends on its data ({where})")
+
+
+def _dump(levels: Levels, folder: Path) -> None:
+    """Leave the levels in a folder of this rank and graph; a full disk is no reason not to run."""
+    rank = f"rank{dist.get_rank()}" if dist.is_initialized() else ""
+    try:
+        dump(levels, folder / rank / f"graph{len(reports())}")
+    except OSError as error:
+        logger.warning("cannot dump to %s: %s", folder, error)
 
 
 def make_schedule(

@@ -49,8 +49,8 @@ CONFIG: dict[str, Any] = {
 
 def demo(folder: Path) -> int:
     """Run the demo on two gloo ranks and leave the rewritten graph and the lane chart in `folder`."""
-    say(f"Qwen3-MoE, {CONFIG['num_hidden_layers']} layers, random weights; its {CONFIG['num_experts']} experts are shared")
-    say(f"by {WORLD_SIZE} gloo ranks on this machine; {BATCH} x {LENGTH} tokens a rank, float32, one thread a rank.")
+    say(f"Qwen3-MoE, {CONFIG['num_hidden_layers']} layers, random weights, float32; {CONFIG['num_experts']} experts")
+    say(f"shared by {WORLD_SIZE} gloo ranks on this machine, {BATCH} x {LENGTH} tokens and one thread a rank.")
     say("Compiling takes about a minute the first time ...")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
     try:
@@ -99,8 +99,8 @@ def _show(rank: int, folder: Path) -> list[str]:
     alone = model(ids).logits
     expert_parallel(model, ep_implementation="dbo")
     with compat.host_reads_in_graph():
-        split = torch.compile(model, backend="dbo", options={"split": "always"}, fullgraph=True)
-        whole = torch.compile(model, backend="inductor", fullgraph=True)
+        split: Any = torch.compile(model, backend="dbo", options={"split": "always"}, fullgraph=True)
+        whole: Any = torch.compile(model, backend="inductor", fullgraph=True)
         logits = split(ids).logits
         report = reports()[-1]
         variants = {"eager": model, "Inductor": whole, "dbo": split}

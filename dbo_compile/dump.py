@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dbo_compile.chart import svg
-from dbo_compile.explain import placements_text, segments_text
 from dbo_compile.passes.cost import NUM_ROWS
 from dbo_compile.report import Levels
 from dbo_compile.runtime.clock import Timeline
+from dbo_compile.text import placements_text, segments_text
 
 
 def dump(levels: Levels, folder: Path, measured: Sequence[Timeline] = ()) -> list[Path]:
     """Write the levels of one graph into `folder`, and the lane chart of what was predicted and `measured`."""
     folder.mkdir(parents=True, exist_ok=True)
-    charts = [(f"predicted for {NUM_ROWS} rows, modelled costs", levels.timeline), *(("measured", timeline) for timeline in measured)]
+    predicted = f"predicted for {NUM_ROWS} rows, modelled costs"
+    charts = [(predicted, levels.timeline), *(("measured", timeline) for timeline in measured)]
     texts = {
         "1_placements.txt": placements_text(levels),
         "2_segments.txt": segments_text(levels),

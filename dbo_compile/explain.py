@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from dbo_compile import compat
-from dbo_compile import graph as g
 from dbo_compile.backend import dbo
-from dbo_compile.report import Levels, Report, reports
+from dbo_compile.report import Report, reports
 from dbo_compile.runtime.clock import chart
+from dbo_compile.text import segments_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,37 +161,3 @@ def _summary(report: Report) -> str:
 
 def _listing(title: str, rows: dict[str, Any]) -> str:
     return "\n".join([title, *(f"  {key}: {value}" for key, value in rows.items())])
-
-
-def segments_text(levels: Levels) -> str:
-    """One line a segment: lane, how often it is played, its code, what it reads and makes."""
-    lines = []
-    for s in levels.outline.segments.values():
-        times = f"x{levels.program.num_microbatches}" if s.per_microbatch else "x1"
-        code = "" if s.code == s.name else f"  code of {s.code}"
-        kind = "host" if s.host else s.lane.value
-        lines.append(f"  {kind:8}{times:4}{s.name}({', '.join(s.inputs)}) -> {', '.join(s.outputs)}{code}")
-    return "\n".join(lines)
-
-
-def placements_text(levels: Levels) -> str:
-    """The ATen graph, one line an op: where its tokens are, why it is a barrier, what it takes on trust."""
-    lines = []
-    for node in levels.graph.nodes:
-        if node.op == "output":
-            continue
-        place = levels.tokens.places[node]
-        shown = ", ".join(map(str, place)) if isinstance(place, tuple) else str(place)
-        lines.append(f"{node.name:40}{shown:24}{node.target}{_remarks(levels, node)}")
-    return "\n".join(lines)
-
-
-def _remarks(levels: Levels, node: Any) -> str:
-    remarks = []
-    if node in levels.tokens.barriers:
-        remarks.append(f"barrier: {levels.tokens.barriers[node]}")
-    if node in levels.tokens.obligations:
-        remarks.append(f"assumes that {levels.tokens.obligations[node]}")
-    if not remarks:
-        return ""
-    return "  # " + "; ".join([*remarks, *([g.source_line(node)] if g.source_line(node) else [])])

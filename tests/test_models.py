@@ -11,8 +11,8 @@ from tests.integrations.models import MODELS, VOCAB, tiny_model
 
 ALWAYS = {"split": "always", "inner": "eager"}
 EXACT = {"rtol": 0.0, "atol": 1e-12}
-# These compute their router in float32 whatever the model's dtype, and a product of fewer rows rounds differently: eager
-# on half the rows is as far from eager on all of them.
+# These compute their router in float32 whatever the model's dtype, and a product of fewer rows rounds differently:
+# eager on half the rows is as far from eager on all of them.
 FLOAT32 = ("deepseek_v3", "dots1", "glm4_moe", "ernie4_5_moe")
 ROUTED_IN_FLOAT32 = {"rtol": 0.0, "atol": 2e-6}
 
@@ -80,7 +80,7 @@ def decode(model, batch, steps):
         for _ in range(steps):
             ids = logits[-1][:, -1:].argmax(-1)
             logits.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits)
-    return torch.cat([l[:, -1:] for l in logits], 1), cache
+    return torch.cat([step[:, -1:] for step in logits], 1), cache
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3"])

@@ -55,7 +55,8 @@ def deep(_one_rank):
 
 
 @pytest.mark.parametrize("implementation", ["dbo", "dbo_static"])
-def test_every_all_to_all_is_on_the_comm_lane_and_nothing_is_a_barrier(_one_rank, implementation):
+@pytest.mark.usefixtures("_one_rank")
+def test_every_all_to_all_is_on_the_comm_lane_and_nothing_is_a_barrier(implementation):
     levels = levels_of(2, implementation)
     comm = [s for s in levels.outline.segments.values() if s.lane is Lane.COMM]
     exchanges = [n for n in levels.graph.nodes if "all_to_all_single" in str(n.target)]
@@ -87,7 +88,8 @@ def test_equal_costs_keep_both_lanes_busy_in_the_steady_state(deep):
         assert busy >= 0.9 * (end - begin), f"{lane.value} works {busy} of {end - begin}"
 
 
-def test_the_policies_differ_in_overlap_alone(_one_rank):
+@pytest.mark.usefixtures("_one_rank")
+def test_the_policies_differ_in_overlap_alone():
     makespan = {}
     for policy in ("sequential", "alternate", "list"):
         makespan[policy] = levels_of(2, policy=policy).timeline.makespan
@@ -167,7 +169,8 @@ def test_a_result_read_before_it_is_made_is_refused(levels):
     refused(program, (*program.instrs[:at], end, *program.instrs[at:-1]))
 
 
-def test_an_all_to_all_by_place_among_the_tokens_is_a_barrier(_one_rank):
+@pytest.mark.usefixtures("_one_rank")
+def test_an_all_to_all_by_place_among_the_tokens_is_a_barrier():
     def fn(x):
         return funcol.all_to_all_single(x.exp(), None, None, dist.group.WORLD).sin()
 
@@ -179,7 +182,8 @@ def test_an_all_to_all_by_place_among_the_tokens_is_a_barrier(_one_rank):
     assert "place among all tokens" in next(iter(reports()[-1].barriers.values()))
 
 
-def test_a_group_that_is_gone_is_an_error_that_says_what_to_do(_one_rank):
+@pytest.mark.usefixtures("_one_rank")
+def test_a_group_that_is_gone_is_an_error_that_says_what_to_do():
     group = dist.new_group([0])
     compiled = torch.compile(
         lambda x: funcol.all_reduce(x.exp(), "sum", group) + 1, backend="dbo", options={"inner": "eager"}

@@ -74,7 +74,8 @@ def test_expert_parallelism_equals_one_process(ranks, name, implementation, batc
 @pytest.mark.parametrize("implementation", ["dbo", "dbo_static"])
 def test_expert_parallelism_through_inductor_equals_one_process(ranks, implementation):
     batches = ((6, 4, 9),) * 2
-    for worst, report in ranks.run(expert_parallel_case, "qwen3_moe", implementation, "inductor", batches, timeout=300.0):
+    case = (expert_parallel_case, "qwen3_moe", implementation, "inductor", batches)
+    for worst, report in ranks.run(*case, timeout=300.0):
         assert worst <= 1e-5  # float32, logits of size 4
         assert report["calls_split"] == 3, report["declined"]
         assert report["on_comm_lane"]
