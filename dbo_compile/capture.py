@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,20 +61,22 @@ def token_tensors(
         for i, (node, x) in enumerate(zip(g.inputs(gm.graph), example_inputs, strict=True))
         if isinstance(x, torch.Tensor) and x.ndim and not compat.is_parameter(node, x)
     ]
-    named = [
-        TokenTensor(t.index, t.placeholder, t.tensor, dim % t.tensor.ndim, t.name)
-        for t in found
-        for name, dim in (token_dims or {}).items()
-        if name == t.name
-    ]
+    dims = token_dims or {}
+    named = [replace(t, dim=_checked_dim(t, dims[t.name])) for t in found if t.name in dims]
     if named:
-        sizes = {f"{t.name} (dim {t.dim})": t.tensor.shape[t.dim] for t in named}
-        if len(set(sizes.values())) > 1:
+        if len({t.tensor.shape[t.dim] for t in named}) > 1:
+            sizes = ", ".join(f"{t.name} (dim {t.dim}): {t.tensor.shape[t.dim]}" for t in named)
             raise ValueError(f"token_dims names dims of different sizes: {sizes}; each must count the same tokens")
         return named
     if not found:
         raise NotSplit("none of its inputs is a tensor that could carry tokens")
     return [t for t in found if t.tensor.shape[0] == found[0].tensor.shape[0]]
+
+
+def _checked_dim(t: TokenTensor, dim: int) -> int:
+    if not -t.tensor.ndim <= dim < t.tensor.ndim:
+        raise ValueError(f"token_dims names dim {dim} of {t.name}, whose shape is {list(t.tensor.shape)}")
+    return dim % t.tensor.ndim
 
 
 def _short_name(placeholder: fx.Node) -> str:

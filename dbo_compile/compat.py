@@ -211,6 +211,12 @@ def evaluate(expr: sympy.Expr, values: Mapping[sympy.Symbol, Any]) -> Any:
     return sympy_interp(PythonReferenceAnalysis, dict(values), expr)
 
 
+def aten_op_names() -> list[str]:
+    """The names of all ATen ops, without their overloads, in alphabetical order."""
+    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    return sorted({op.partition(".")[0] for library, _, op in names if library == "aten"})
+
+
 # -- process groups ---------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -57,13 +58,14 @@ def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwa
     `model` is a Module or a function; `options` are those of the backend.
     """
     before = len(reports())
-    _run(_compiled(model, options or {}), args, kwargs)
+    _run(_compiled(model, options or {}), model, args, kwargs)
     return Explanation(tuple(reports()[before:]))
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Whether splitting changes the answer. Differences are the largest over all elements of all outputs.
+    """Whether splitting changes the answer: what a call returns, and what it leaves in its arguments and in the buffers
+    of the model. Differences are the largest over all elements; NaN in both is none, NaN in one is infinite.
 
     `equal`: split and unsplit agree within `atol + rtol * |unsplit|`. `error` has the reason if they could not be
     compared, and `equal` is False then.
@@ -86,14 +88,15 @@ def verify(
 ) -> Verification:
     """Compare eager, unsplit and split on these arguments. Raises nothing: what goes wrong is in `error`.
 
-    Arguments are cloned for each run, because a model may write to them. The tolerances default to those of
-    `torch.testing.assert_close` for the outputs' dtype.
+    Each run starts from the same arguments, buffers and random numbers, and leaves none of them changed. The tolerances
+    default to those of `torch.testing.assert_close` for the outputs' dtype.
     """
     try:
-        eager = _run(model, args, kwargs)
-        unsplit = _run(_compiled(model, {**(options or {}), "split": "always", "min_tokens": 2**62}), args, kwargs)
+        eager = _run(model, model, args, kwargs)
+        always = {**(options or {}), "split": "always"}
+        unsplit = _run(_compiled(model, always | {"min_tokens": 2**62}), model, args, kwargs)
         before = len(reports())
-        split = _run(_compiled(model, {**(options or {}), "split": "always"}), args, kwargs)
+        split = _run(_compiled(model, always), model, args, kwargs)
         diff, equal = _difference(split, unsplit, atol, rtol)
         eager_diff, _ = _difference(split, eager, atol, rtol)
     except Exception as error:  # a check that raises is one more thing to guard
@@ -112,10 +115,34 @@ def _compiled(model: Any, options: dict[str, Any]) -> Callable[..., Any]:
     return compiled
 
 
-def _run(fn: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    args, kwargs = compat.tree_map(lambda a: a.clone() if isinstance(a, torch.Tensor) else copy.copy(a), (args, kwargs))
-    with torch.no_grad():
-        return [leaf for leaf in compat.tree_leaves(fn(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+def _run(fn: Any, model: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """What a call returns, and what it leaves in copies of its arguments and in the buffers of `model`."""
+    args, kwargs = compat.tree_map(_copied, (args, kwargs))
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.no_grad(), torch.random.fork_rng(devices), _put_back(model) as buffers:
+        leaves = compat.tree_leaves((fn(*args, **kwargs), args, kwargs, buffers))
+        return [torch.as_tensor(a).clone() for a in leaves if isinstance(a, torch.Tensor | int | float | complex)]
+
+
+def _copied(leaf: Any) -> Any:
+    """A copy of an argument, because a model may write to it; a cache is an object that holds tensors."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.clone()
+    try:
+        return leaf if isinstance(leaf, torch.nn.Module) else copy.deepcopy(leaf)
+    except (TypeError, RuntimeError, NotImplementedError):  # a process group
+        return leaf
+
+
+@contextmanager
+def _put_back(model: Any) -> Iterator[list[torch.Tensor]]:
+    buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
+    before = [b.clone() for b in buffers]
+    try:
+        yield buffers
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
 
 
 def _difference(
@@ -123,12 +150,20 @@ def _difference(
 ) -> tuple[float, bool]:
     worst, equal = 0.0, True
     for a, b in zip(got, want, strict=True):
-        worst = max(worst, (a.double() - b.double()).abs().max().item() if a.numel() else 0.0)
+        worst = max(worst, _largest(a, b))
         try:
-            torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
+            torch.testing.assert_close(a, b, atol=atol, rtol=rtol, equal_nan=True)
         except AssertionError:
             equal = False
     return worst, equal
+
+
+def _largest(got: torch.Tensor, want: torch.Tensor) -> float:
+    if not got.numel():
+        return 0.0
+    wide = torch.complex128 if got.is_complex() else torch.float64
+    diff = (got.to(wide) - want.to(wide)).abs().nan_to_num(nan=torch.inf)
+    return diff.where((got != want) & ~(got.isnan() & want.isnan()), 0.0).max().item()
 
 
 # -- the levels as text -----------------------------------------------------------------------------------------------

@@ -112,20 +112,36 @@ def base(node: fx.Node) -> fx.Node:
 
 
 def shares_input(node: fx.Node) -> bool:
-    """Whether a value lies in the memory of an argument of the graph."""
-    return base(node).op == "placeholder"
+    """Whether a value lies in the memory of an argument of the graph that is written in place."""
+    origin = base(node)
+    return origin.op == "placeholder" and _is_written(origin)
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether something writes the memory of `node`, through whichever view of it."""
+    views = [u for u in node.users if u.target is operator.getitem or node in viewed(u)]
+    return any(node in written(u) for u in views) or any(map(_is_written, views))
 
 
 def is_dense(val: torch.Tensor) -> bool:
-    """Whether a tensor fills its memory without gaps or repeats, in any order of dims. Asks hints: no guards."""
-    dims = sorted((_hint(stride), _hint(size)) for size, stride in zip(val.shape, val.stride(), strict=True))
-    expected = 1
-    for stride, size in dims:
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
+    """Whether a tensor fills its memory without gaps or repeats, in any order of dims, whatever its symbols stand for.
+    Adds no guard: only the order of the dims is that of the call that was traced."""
+    dims = [d for d, size in enumerate(val.shape) if expression(size) != 1]
+    expected = sympy.Integer(1)
+    for d in sorted(dims, key=lambda d: (_hint(val.stride(d)), _hint(val.shape[d]))):
+        if sympy.expand(expression(val.stride(d)) - expected) != 0:
+            return False
+        expected *= expression(val.shape[d])
     return True
+
+
+def lies_together(val: torch.Tensor, dim: int) -> bool:
+    """Whether `dim` is the outermost one in memory, so that some rows of it lie in memory as all of them do."""
+    return all(
+        _hint(val.stride(d)) <= _hint(val.stride(dim)) or expression(val.shape[d]) == 1
+        for d in range(val.ndim)
+        if d != dim
+    )
 
 
 def _hint(size: int | torch.SymInt) -> int:

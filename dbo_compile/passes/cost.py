@@ -63,7 +63,7 @@ class CostModel:
                 return speeds.launch
             case Kind.COMM:
                 return speeds.launch + self._bytes(group.nodes[:1]) / speeds.link
-            case Kind.COMPUTE:
+            case Kind.COMPUTE | Kind.PLAIN:
                 flops = sum(map(self._flops, group.nodes))
                 return speeds.launch + flops / speeds.flops + self._bytes(group.nodes) / speeds.memory
 

@@ -25,11 +25,16 @@ aten = torch.ops.aten
 
 
 class Kind(Enum):
-    """What plays a node: kernels, a collective, or the host (which reads device data)."""
+    """What plays a node: kernels, a collective, or the host (which reads device data).
+
+    A code may be `PLAIN` as well: kernels that are played as they are, since a compiler has to know how the arguments
+    lie in memory, and for rows of these no code could tell from their number.
+    """
 
     COMPUTE = "compute"
     COMM = "comm"
     HOST = "host"
+    PLAIN = "plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ class _Cutter:
 
     def _is_played(self, node: fx.Node) -> bool:
         if g.is_symbolic_number(node):
-            return g.reads_number(node)
+            return g.reads_number(node) or _is_result(node)
         if node.target in CHECKS:  # what was assumed of sizes alone is checked before the program is chosen
             return any(g.symbols_of(g.value(n)) & self.definers.keys() for n in node.all_input_nodes)
         return node not in self.constants
@@ -116,6 +121,8 @@ class _Cutter:
     def _is_constant(self, node: fx.Node) -> bool:
         """Whether a node costs nothing: a view of a weight, a constant tensor. Made again wherever it is used, it
         leaves layers that differ only in which weight they read the same code."""
+        if _is_result(node):
+            return False
         if node.op == "get_attr":
             return True
         is_once = draws_random_numbers(node) or node in self.tokens.barriers
@@ -130,6 +137,8 @@ class _Cutter:
     def _mode(self, node: fx.Node) -> Mode:
         if node.target is operator.getitem or is_wait(node.target):
             return self._mode(node.args[0])  # type: ignore[arg-type]
+        if g.is_symbolic_number(node) and not g.reads_number(node):  # a result, for all tokens
+            return Mode(Kind.COMPUTE, per_microbatch=False)
         kind = Kind.COMM if comm_op(node.target) else Kind.HOST if _is_host(node) else Kind.COMPUTE
         places = [self.tokens.places[n] for n in (node, *node.all_input_nodes)]
         return Mode(kind, node not in self.tokens.barriers and not all(isinstance(p, Shared) for p in places))
@@ -211,19 +220,22 @@ class _Cutter:
                 level[node] = max(level[node], min(level[u] for u in users))
 
     def _must_stay(self, node: fx.Node) -> bool:
-        is_result = any(u.op == "output" for u in node.users)
-        return is_heavy(node) or is_result or bool(g.written(node)) or node.target is operator.getitem
+        return is_heavy(node) or _is_result(node) or bool(g.written(node)) or node.target is operator.getitem
 
     def _feeds_a_border(self, level: dict[fx.Node, int]) -> dict[fx.Node, bool]:
         """Whether something on another lane, or played once, waits for a node through nodes of its own level."""
         feeds: dict[fx.Node, bool] = {}
         for node in reversed(self.nodes):
-            ends = any(u.op == "output" for u in node.users) or bool(g.written(node)) or _is_host(node)
+            ends = _is_result(node) or bool(g.written(node)) or _is_host(node)
             feeds[node] = ends or any(
                 self.mode[u] != self.mode[node] or (level[u] == level[node] and feeds[u]) for u in self.users[node]
             )
         # The parts of a result, and the wait for a collective, stay with the op that they belong to.
         return {node: feeds[_maker(node)] for node in self.nodes}
+
+
+def _is_result(node: fx.Node) -> bool:
+    return any(u.op == "output" for u in node.users)
 
 
 def is_heavy(node: fx.Node) -> bool:

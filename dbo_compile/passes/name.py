@@ -30,7 +30,7 @@ def _name(group: Group) -> str:
             parts = [path, re.sub(r"(_single|_into_tensor|_tensor)?_?$", "", op.split(".")[-2], count=1)]
         case Kind.HOST:
             parts = [path, "read_counts"]
-        case Kind.COMPUTE:
+        case Kind.COMPUTE | Kind.PLAIN:
             parts = [path]
     if not group.mode.per_microbatch:
         parts.append("once")

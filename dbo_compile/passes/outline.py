@@ -16,7 +16,7 @@ from torch import fx
 
 from dbo_compile import graph as g
 from dbo_compile.ir.schedule import Lane, Segment
-from dbo_compile.ir.tokens import TOKENS, Placement, TokenMap
+from dbo_compile.ir.tokens import TOKENS, Placement, Split, TokenMap
 from dbo_compile.passes.analyze import CHECKS
 from dbo_compile.passes.code import BEFORE, Code, Copier, Numbers, TensorArg, is_numbered
 from dbo_compile.passes.cut import Cut, Group, Kind
@@ -51,9 +51,9 @@ def outline(gm: fx.GraphModule, cut: Cut, tokens: TokenMap, symbols: Collection[
         writer = _CodeWriter(gm, group, cut.constants, tokens, numbers)
         graph = writer.graph()
         args = tuple(map(numbers.tensor, writer.tensors))
-        key = known.setdefault(_canonical(gm, graph, group.mode.kind, writer.symbols, args), name)
+        key = known.setdefault(_canonical(gm, graph, writer.kind, writer.symbols, args), name)
         if key == name:
-            codes[key] = Code(name, fx.GraphModule(gm, graph, name), group.mode.kind, writer.symbols, args)
+            codes[key] = Code(name, fx.GraphModule(gm, graph, name), writer.kind, writer.symbols, args)
         segments[name] = replace(writer.segment(name), code=key, after=after)
     places = {n.name: p for n, p in tokens.places.items() if not isinstance(p, tuple)}
     outputs = tuple(n.name if isinstance(n, fx.Node) else n for n in g.results(gm.graph))
@@ -77,6 +77,8 @@ class _CodeWriter:
         self._collect(constants)
         self.results = [n for n in group.nodes if self._goes_out(n)]
         self.symbols = self._find_symbols()
+        is_plain = group.mode.kind is Kind.COMPUTE and any(map(self._is_laid_out_apart, self.tensors))
+        self.kind = Kind.PLAIN if is_plain else group.mode.kind
 
     def segment(self, name: str) -> Segment:
         collectives = [(n, op) for n in self.group.nodes if (op := comm_op(n.target))]
@@ -140,6 +142,19 @@ class _CodeWriter:
         if any(is_numbered(n, self.tokens) or n in self.tokens.localised for n in self.nodes):
             found |= {TOKENS, BEFORE}
         return tuple(sorted(found, key=self.numbers.rank.__getitem__))
+
+    def _is_laid_out_apart(self, node: fx.Node) -> bool:
+        """Whether an argument may lie in memory in another way than its sizes and strides say.
+
+        They say how all rows lie. Rows of a microbatch lie the same way if the token dim is the outermost one in
+        memory, or if they were copied, as memory without gaps is that is never written; a join is a copy, too.
+        """
+        val, place, is_kept = g.value(node), self.tokens.places[node], g.shares_input(node)
+        if not isinstance(place, Split) or not (is_kept or (node.op == "placeholder" and not g.is_dense(val))):
+            return False
+        if self.group.mode.per_microbatch:
+            return not g.lies_together(val, place.dim)
+        return node.op != "placeholder" and not g.is_dense(val)
 
     def _base(self, node: fx.Node) -> fx.Node:
         """The node whose memory `node` shares, as far back as this code goes."""

@@ -22,7 +22,8 @@ aten = torch.ops.aten
 DIMS = ("batch", "heads", "sequence", "features")
 
 
-def _attend(query: Value, key: Value, value: Value, mask: Value | None, dropout_p: float) -> Split:
+def _attend(query: Value, key: Value, value: Value, mask: Value | None, dropout_p: float, **options: Any) -> Split:
+    tensors([*options.values()])
     if dropout_p:
         raise CannotSplit("it draws random numbers: their order would depend on the split")
     carriers = (query, key, value)
@@ -51,53 +52,54 @@ def _check_mask(query: Value, mask: Value | None) -> None:
 
 @rule(aten.scaled_dot_product_attention.default)
 def attention(
-    query: Value, key: Value, value: Value, attn_mask: Value | None = None, dropout_p: float = 0.0, *_: Any, **__: Any
-) -> Placement:
-    return _attend(query, key, value, attn_mask, dropout_p)
+    query: Value, key: Value, value: Value, attn_mask: Value | None = None, dropout_p: float = 0.0, *_: Any,
+    **options: Any,
+) -> Placement:  # fmt: skip
+    return _attend(query, key, value, attn_mask, dropout_p, **options)
 
 
 @rule(aten._scaled_dot_product_attention_math.default, aten._scaled_dot_product_attention_math_for_mps.default)
 def attention_math(
     query: Value, key: Value, value: Value, attn_mask: Value | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, dropout_mask: Value | None = None, **_: Any,
+    is_causal: bool = False, dropout_mask: Value | None = None, **options: Any,
 ) -> tuple[Placement, ...]:  # fmt: skip
     """Gives the output and the attention weights."""
     if dropout_mask is not None:
         raise CannotSplit("it drops elements by a mask")
-    return (_attend(query, key, value, attn_mask, dropout_p),) * 2
+    return (_attend(query, key, value, attn_mask, dropout_p, **options),) * 2
 
 
 @rule(aten._scaled_dot_product_flash_attention_for_cpu.default)
 def flash_for_cpu(
     query: Value, key: Value, value: Value, dropout_p: float = 0.0, is_causal: bool = False, *,
-    attn_mask: Value | None = None, **_: Any,
+    attn_mask: Value | None = None, **options: Any,
 ) -> tuple[Placement, ...]:  # fmt: skip
     """Gives the output and the log of the sums."""
-    return (_attend(query, key, value, attn_mask, dropout_p),) * 2
+    return (_attend(query, key, value, attn_mask, dropout_p, **options),) * 2
 
 
 @rule(aten._scaled_dot_product_flash_attention.default)
 def flash(
     query: Value, key: Value, value: Value, dropout_p: float = 0.0, is_causal: bool = False,
-    return_debug_mask: bool = False, **_: Any,
+    return_debug_mask: bool = False, **options: Any,
 ) -> tuple[Placement, ...]:  # fmt: skip
-    return _fused(_attend(query, key, value, None, dropout_p), return_debug_mask)
+    return _fused(_attend(query, key, value, None, dropout_p, **options), return_debug_mask)
 
 
 @rule(aten._scaled_dot_product_cudnn_attention.default)
 def cudnn(
     query: Value, key: Value, value: Value, attn_bias: Value | None, compute_log_sumexp: bool, dropout_p: float = 0.0,
-    is_causal: bool = False, return_debug_mask: bool = False, **_: Any,
+    is_causal: bool = False, return_debug_mask: bool = False, **options: Any,
 ) -> tuple[Placement, ...]:  # fmt: skip
-    return _fused(_attend(query, key, value, attn_bias, dropout_p), return_debug_mask)
+    return _fused(_attend(query, key, value, attn_bias, dropout_p, **options), return_debug_mask)
 
 
 @rule(aten._scaled_dot_product_fused_attention_overrideable.default)
 def overrideable(
     query: Value, key: Value, value: Value, attn_bias: Value | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, return_debug_mask: bool = False, **_: Any,
+    is_causal: bool = False, return_debug_mask: bool = False, **options: Any,
 ) -> tuple[Placement, ...]:  # fmt: skip
-    return _fused(_attend(query, key, value, attn_bias, dropout_p), return_debug_mask)
+    return _fused(_attend(query, key, value, attn_bias, dropout_p, **options), return_debug_mask)
 
 
 def _fused(place: Split, return_debug_mask: bool) -> tuple[Placement, ...]:
@@ -110,10 +112,10 @@ def _fused(place: Split, return_debug_mask: bool) -> tuple[Placement, ...]:
 @rule(aten._scaled_dot_product_efficient_attention.default)
 def efficient(
     query: Value, key: Value, value: Value, attn_bias: Value | None, compute_log_sumexp: bool, dropout_p: float = 0.0,
-    *_: Any, **__: Any,
+    *_: Any, **options: Any,
 ) -> tuple[Placement, ...]:  # fmt: skip
     """Gives the output, the log of the sums, and the state of a generator."""
-    place = _attend(query, key, value, attn_bias, dropout_p)
+    place = _attend(query, key, value, attn_bias, dropout_p, **options)
     return place, place, Shared(), Shared()
 
 
@@ -169,16 +171,19 @@ def fused_rms_norm(x: Value, shape: Sequence[Size], *weights: Any) -> tuple[Plac
 
 @rule(aten.native_group_norm.default)
 def native_group_norm(
-    x: Value, weight: Value | None, bias: Value | None, rows: Size, channels: Size, inner: Size, *_: Any
+    x: Value, weight: Value | None, bias: Value | None, rows: Size, channels: Size, inner: Size, *how: Any
 ) -> tuple[Placement, ...]:
     """Gives the result, and mean and deviation of each group in each of the rows of dim 0."""
-    tensors(channels, inner)
+    tensors(channels, inner, how)
     refuse_tokens("weight", weight, bias)
     return (_normalised(x, range(1, x.ndim)),) * 3
 
 
 @rule(aten.native_batch_norm.default, aten._native_batch_norm_legit.default)
-def batch_norm(x: Value, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *_: Any) -> tuple[Placement, ...]:
+def batch_norm(
+    x: Value, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *how: Any
+) -> tuple[Placement, ...]:
+    tensors(how)
     if training or mean is None:
         raise CannotSplit("it takes statistics over all tokens")
     return _batch_norm(x, weight, bias, mean, var)
@@ -191,7 +196,8 @@ def batch_norm_functional(x: Value, weight: Any, bias: Any, mean: Any, var: Any,
 
 
 @rule(aten._native_batch_norm_legit_no_training.default)
-def batch_norm_no_training(x: Value, weight: Any, bias: Any, mean: Any, var: Any, *_: Any) -> tuple[Placement, ...]:
+def batch_norm_no_training(x: Value, weight: Any, bias: Any, mean: Any, var: Any, *how: Any) -> tuple[Placement, ...]:
+    tensors(how)
     return _batch_norm(x, weight, bias, mean, var)
 
 

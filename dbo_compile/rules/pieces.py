@@ -183,7 +183,7 @@ def constant_pad_nd(x: Value, pad: Sequence[Size], value: Any = 0) -> Placement:
         tensors(pad)
     if x.dim in padded:
         raise CannotSplit(f"it pads the token dim {x.dim}")
-    return renewed(replace(x, place=_turned(x, padded)))
+    return renewed(replace(x, place=_unordered_along(x, padded)))
 
 
 @rule(aten.flip.default)
@@ -202,6 +202,12 @@ def _turned(x: Value, dims: set[int]) -> Placement:
     """`x` with elements moved along `dims`."""
     if x.dim in dims:
         raise CannotSplit(f"it moves rows of tokens along the token dim {x.dim}")
+    if x.is_local and not x.is_integer and any(map(x.is_rows, dims)):
+        raise CannotSplit("it moves rows of a microbatch by their position")
+    return _unordered_along(x, dims)
+
+
+def _unordered_along(x: Value, dims: set[int]) -> Placement:
     return unordered(x.place) if isinstance(x.place, Local) and 0 in dims else x.place
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 
+from dbo_compile import compat
 from dbo_compile.errors import CannotSplit
 from dbo_compile.ir.tokens import TOKENS, Local, Number, Placement, Ruling, Shared, Split, Value
 from dbo_compile.rules.registry import RULES, Rule, rule
@@ -125,6 +126,8 @@ def _mixed(values: Sequence[Value]) -> Split:
     """Tokens combined with rows of a microbatch's own, which must be as many, or they are no tokens' rows."""
     if any(v.is_local and v.is_position for v in values):
         raise CannotSplit("it mixes positions or counts of a microbatch's rows into single tokens")
+    if orders := [v.place.order for v in values if isinstance(v.place, Local) and v.place.order]:
+        raise CannotSplit(f"it combines tokens with rows in the order of {orders[0]}")
     ndim = max(v.ndim for v in values)
     dim = _aligned([v for v in values if not v.is_local] + [Value((sympy.S.One,) * ndim, Shared())])
     (rows,) = {_size_at(v, dim, ndim) for v in values if v.dim is not None}
@@ -246,9 +249,10 @@ def _family(name: str) -> Rule:
 def _register() -> None:
     """Ask PyTorch which ops are pointwise: it tags them, but for a few, and but for many of their variants in place.
 
-    `dir` lists the ops that PyTorch itself has looked up by now: all that its tracing leaves in graphs.
+    Of all ops that there are: `dir(aten)` lists only those that somebody has looked up by now.
     """
-    packets = [getattr(aten, name) for name in dir(aten) if not name.endswith("_") or name.endswith("__")]
+    names = [name for name in compat.aten_op_names() if not name.endswith("_") or name.endswith("__")]
+    packets = [getattr(aten, name, None) for name in names]
     overloads = [op for p in packets if hasattr(p, "overloads") for op in _overloads_of(p)]
     tagged = [op for op in overloads if torch.Tag.pointwise in op.tags and not op._schema.is_mutable]
     functional = [op for op in tagged if all("Tensor" in str(r.type) for r in op._schema.returns)]  # not aten.equal

@@ -96,18 +96,20 @@ def kthvalue(x: Value, k: Size, dim: int = -1, keepdim: bool = False) -> Ruling:
 
 @rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype,
       aten.norm.Scalar, aten.norm.ScalarOpt_dtype)  # fmt: skip
-def norm(x: Value, _p: Any = 2, dims: Dims = None, keepdim: bool = False, **_: Any) -> Ruling:
+def norm(x: Value, p: Any = 2, dims: Dims = None, keepdim: bool = False, **_: Any) -> Ruling:
+    tensors(p)
     return reduced(x, dims, keepdim=keepdim)
 
 
 @rule(aten.var.correction, aten.std.correction)
-def spread(x: Value, dims: Dims = None, *, keepdim: bool = False, **_: Any) -> Ruling:
+def spread(x: Value, dims: Dims = None, *, keepdim: bool = False, correction: Any = None) -> Ruling:
+    tensors(correction)
     return reduced(x, dims, keepdim=keepdim)
 
 
 @rule(aten.var_mean.correction, aten.std_mean.correction)
-def spread_and_mean(x: Value, dims: Dims = None, *, keepdim: bool = False, **_: Any) -> Ruling:
-    return twice(reduced(x, dims, keepdim=keepdim))
+def spread_and_mean(x: Value, dims: Dims = None, *, keepdim: bool = False, correction: Any = None) -> Ruling:
+    return twice(spread(x, dims, keepdim=keepdim, correction=correction))
 
 
 @rule(aten.var.dim, aten.std.dim)

@@ -94,7 +94,8 @@ def index_copy(buffer: Value, dim: int, numbers: Value, values: Value) -> Ruling
     return write(Write(along(buffer, dim, numbers), values))
 
 
-def index_add(buffer: Value, dim: int, numbers: Value, values: Value, *_: Any, **__: Any) -> Ruling:
+def index_add(buffer: Value, dim: int, numbers: Value, values: Value, *_: Any, alpha: Any = 1, **__: Any) -> Ruling:
+    tensors(alpha)
     return write(Write(along(buffer, dim, numbers), values, adds=True))
 
 

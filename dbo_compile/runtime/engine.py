@@ -11,7 +11,6 @@ from typing import Any
 import sympy
 from torch import nn
 
-from dbo_compile import compat
 from dbo_compile.errors import NotSplit
 from dbo_compile.ir.tokens import TOKENS
 from dbo_compile.log import logger
@@ -39,13 +38,22 @@ class Calls:
     declined: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How a size is played: the rows of each microbatch, none of them for the graph as it was traced. `reason` says
+    why it is not split."""
+
+    rows: tuple[int, ...]
+    reason: str = ""
+
+
 class Engine:
     """Plays a graph, split or unsplit, as its size allows.
 
     `programs` has the emitted module for each number of microbatches, 1 among them. `guards` are what tracing and
     compiling assumed of the number of rows: they must hold for every microbatch that is played; `symbol_inputs` are
     the arguments that hold the other symbols in them. `whole` plays the graph as it was traced, for calls whose token
-    inputs turn out to have different sizes.
+    inputs turn out to have different sizes, or whose number of tokens breaks a guard.
     """
 
     def __init__(
@@ -70,23 +78,21 @@ class Engine:
         self.least_rows = least_rows
         self.calls = Calls()
         self.player = played
-        self._plans: dict[tuple[int, ...], tuple[int, ...] | NotSplit] = {}
+        self._plans: dict[tuple[int, ...], _Plan] = {}
 
     def __call__(self, *args: Any) -> Any:
         self.calls.total += 1
-        sizes = {t.name: args[t.index].shape[t.dim] for t in self.token_inputs}
-        num_tokens = next(iter(sizes.values()))
-        if len(set(sizes.values())) > 1:
-            listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        sizes = [args[t.index].shape[t.dim] for t in self.token_inputs]
+        if len(set(sizes)) > 1:
+            listed = ", ".join(f"{t.name}: {size}" for t, size in zip(self.token_inputs, sizes, strict=True))
             self.calls.declined[f"its token inputs differ in their number of tokens ({listed}); see token_dims"] += 1
             return self.whole(*args)
-        try:
-            rows = self.rows_of(num_tokens, *(args[i] for i in self.symbol_inputs.values()))
+        plan = self._plan(sizes[0], *(args[i] for i in self.symbol_inputs.values()))
+        if plan.reason:
+            self.calls.declined[plan.reason] += 1
+        else:
             self.calls.split += 1
-        except NotSplit as why:
-            self.calls.declined[str(why)] += 1
-            rows = (num_tokens,)
-        return self.play(rows, args)
+        return self.play(plan.rows, args) if plan.rows else self.whole(*args)
 
     def play(self, rows: Sequence[int], args: Sequence[Any]) -> tuple[Any, ...]:
         """Play the program for `len(rows)` microbatches; microbatch i has `rows[i]` tokens."""
@@ -97,17 +103,21 @@ class Engine:
 
         `others` are the values of the graph's other symbols, in the order of `symbol_inputs`.
         """
+        plan = self._plan(num_tokens, *others)
+        if plan.reason:
+            raise NotSplit(plan.reason)
+        return plan.rows
+
+    def _plan(self, num_tokens: int, *others: int) -> _Plan:
         key = (num_tokens, *others)
         if key not in self._plans:
+            symbols = dict(zip(self.symbol_inputs, others, strict=True))
             try:
-                self._plans[key] = self._find_rows(num_tokens, dict(zip(self.symbol_inputs, others, strict=True)))
+                self._plans[key] = _Plan(self._find_rows(num_tokens, symbols))
             except NotSplit as why:
                 logger.info("%d tokens are not split: %s", num_tokens, why)
-                self._plans[key] = why
-        plan = self._plans[key]
-        if isinstance(plan, NotSplit):
-            raise NotSplit(str(plan))
-        return plan
+                self._plans[key] = _Plan(() if self._broken(num_tokens, symbols) else (num_tokens,), str(why))
+        return self._plans[key]
 
     def _find_rows(self, num_tokens: int, symbols: Mapping[sympy.Symbol, int]) -> tuple[int, ...]:
         n = self.num_microbatches
@@ -115,15 +125,27 @@ class Engine:
             raise NotSplit(f"{num_tokens} tokens are fewer than min_tokens={self.min_tokens}")
         if num_tokens < n * self.least_rows:
             raise NotSplit(f"{num_tokens} tokens do not make {n} microbatches of at least {self.least_rows}")
+        broken = None
         for rows in _candidates(num_tokens, n):
-            if min(rows) >= self.least_rows and all(not self._broken(r, symbols) for r in set(rows)):
+            if min(rows) < self.least_rows:
+                continue
+            found = next((guard for r in dict.fromkeys(rows) if (guard := self._broken(r, symbols)) is not None), None)
+            if found is None:
                 return rows
-        broken = self._broken(num_tokens // n, symbols)
-        raise NotSplit(f"no split of {num_tokens} tokens keeps what the graph was compiled for: {broken[0]}")
+            broken = found if broken is None else broken
+        raise NotSplit(f"no split of {num_tokens} tokens keeps what the graph was compiled for: {broken}")
 
-    def _broken(self, rows: int, symbols: Mapping[sympy.Symbol, int]) -> list[sympy.Expr]:
-        values = {TOKENS: rows, **symbols}
-        return [guard for guard in self.guards if not compat.evaluate(guard, values)]
+    def _broken(self, rows: int, symbols: Mapping[sympy.Symbol, int]) -> sympy.Expr | None:
+        """The first guard that does not hold for so many rows."""
+        values = {s: sympy.Integer(v) for s, v in {TOKENS: rows, **symbols}.items()}
+        return next((guard for guard in self.guards if not _holds(guard, values)), None)
+
+
+def _holds(guard: sympy.Expr, values: Mapping[sympy.Symbol, sympy.Integer]) -> bool:
+    try:
+        return bool(guard.xreplace(values))
+    except ZeroDivisionError:  # blocks of T // 4 rows, and fewer than 4 tokens
+        return False
 
 
 def played(module: Callable[..., Any], rows: Sequence[int], args: Sequence[Any]) -> tuple[Any, ...]:
