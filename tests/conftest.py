@@ -6,8 +6,12 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+settings.register_profile("ci", derandomize=True)  # the same examples in every run: a change is judged by what it does
+if "CI" in os.environ:
+    settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)
