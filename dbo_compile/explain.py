@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
@@ -135,7 +135,7 @@ def _copied(leaf: Any) -> Any:
 
 
 @contextmanager
-def _put_back(model: Any) -> Iterator[list[torch.Tensor]]:
+def _put_back(model: Any) -> Generator[list[torch.Tensor]]:
     buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
     before = [b.clone() for b in buffers]
     try:

@@ -126,21 +126,20 @@ def _is_written(node: fx.Node) -> bool:
 def is_dense(val: torch.Tensor) -> bool:
     """Whether a tensor fills its memory without gaps or repeats, in any order of dims, whatever its symbols stand for.
     Adds no guard: only the order of the dims is that of the call that was traced."""
-    dims = [d for d, size in enumerate(val.shape) if expression(size) != 1]
+    dims = [(stride, size) for stride, size in zip(val.stride(), val.shape, strict=True) if expression(size) != 1]
     expected = sympy.Integer(1)
-    for d in sorted(dims, key=lambda d: (_hint(val.stride(d)), _hint(val.shape[d]))):
-        if sympy.expand(expression(val.stride(d)) - expected) != 0:
+    for stride, size in sorted(dims, key=lambda dim: (_hint(dim[0]), _hint(dim[1]))):
+        if sympy.expand(expression(stride) - expected) != 0:
             return False
-        expected *= expression(val.shape[d])
+        expected *= expression(size)
     return True
 
 
 def lies_together(val: torch.Tensor, dim: int) -> bool:
     """Whether `dim` is the outermost one in memory, so that some rows of it lie in memory as all of them do."""
+    strides = val.stride()
     return all(
-        _hint(val.stride(d)) <= _hint(val.stride(dim)) or expression(val.shape[d]) == 1
-        for d in range(val.ndim)
-        if d != dim
+        _hint(strides[d]) <= _hint(strides[dim]) or expression(val.shape[d]) == 1 for d in range(val.ndim) if d != dim
     )
 
 

@@ -53,6 +53,6 @@ def _inductor(code: Code, hints: Mapping[sympy.Symbol, int]) -> Compiled:
         *(shapes.number(s) for s in code.numbers),
         *(shapes.tensor(a.sizes, a.strides, a.like) for a in code.tensors),
     ]
-    own = fx.GraphModule(code.module, copy.deepcopy(code.module.graph))  # with the same constants: they cannot be copied
+    own = fx.GraphModule(code.module, copy.deepcopy(code.module.graph))  # constants are shared: they cannot be copied
     fn = compat.segment_inductor(own, inputs, shapes)
     return Compiled(fn, tuple(g for g in shapes.guards() if g.has(TOKENS)))

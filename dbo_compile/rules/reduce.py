@@ -109,7 +109,8 @@ def spread(x: Value, dims: Dims = None, *, keepdim: bool = False, correction: An
 
 @rule(aten.var_mean.correction, aten.std_mean.correction)
 def spread_and_mean(x: Value, dims: Dims = None, *, keepdim: bool = False, correction: Any = None) -> Ruling:
-    return twice(spread(x, dims, keepdim=keepdim, correction=correction))
+    tensors(correction)
+    return twice(reduced(x, dims, keepdim=keepdim))
 
 
 @rule(aten.var.dim, aten.std.dim)

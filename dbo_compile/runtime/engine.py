@@ -116,7 +116,8 @@ class Engine:
                 self._plans[key] = _Plan(self._find_rows(num_tokens, symbols))
             except NotSplit as why:
                 logger.info("%d tokens are not split: %s", num_tokens, why)
-                self._plans[key] = _Plan(() if self._broken(num_tokens, symbols) else (num_tokens,), str(why))
+                rows = () if self._broken(num_tokens, symbols) is not None else (num_tokens,)
+                self._plans[key] = _Plan(rows, str(why))
         return self._plans[key]
 
     def _find_rows(self, num_tokens: int, symbols: Mapping[sympy.Symbol, int]) -> tuple[int, ...]:

@@ -20,8 +20,8 @@ RECENT = 5
 """An operand is one of so many made last."""
 
 # Operands and text; {0} is the first operand. A pattern matches dtype and sizes: "float(T,6)", with two rows for each
-# token "float(T*2,6)". Integers are one of `expert` (0 to 4), `perm` (a permutation of the rows), `row` (their numbers, any
-# of them any number of times) and `count` (others).
+# token "float(T*2,6)". Integers are one of `expert` (0 to 4), `perm` (a permutation of the rows), `row` (their numbers,
+# any of them any number of times) and `count` (others).
 X, XY, ANY = r"float\((T|T\*2),6\)", r"float\((T|T\*2),\d\)", r"float\(.*T.*\)"
 E, PERM, ROW, VEC = r"expert\((T|T\*2)\)", r"perm\((T|T\*2)\)", r"(row|perm)\((T|T\*2)\)", r"float\((T|T\*2)\)"
 INT, NUM, COUNT = r"(row|perm|expert|count)\((T|T\*2)\)", r"(row|perm|expert|count)\(.*\)", r"count\(5\)"
@@ -47,7 +47,8 @@ OPS: list[tuple[tuple[str, ...], str]] = [
     ((X,), "{0} / (1 + {0}.amax({d}, keepdim=True).abs())"), ((X,), "{0}.sum(1)"),
     ((X,), "{0}.std(1, correction={0}.shape[0] - 9)"), ((X,), "{0}.sort({d})[0]"),
     ((X,), "{0} * {0}.norm(dim={d}, keepdim=True)"), ((X,), "{0}.flip({d})"), ((X,), "{0}.roll(1, {d})"),
-    ((X,), "torch.var_mean({0}, {d}, keepdim=True)[1] + {0}"), ((X,), "{0}.cummax({d})[0]"), ((X,), "{0}.argmax(1) % 5"),
+    ((X,), "torch.var_mean({0}, {d}, keepdim=True)[1] + {0}"), ((X,), "{0}.cummax({d})[0]"),
+    ((X,), "{0}.argmax(1) % 5"),
     ((X,), "{0}.topk(2, 1)[1].flatten() % 5"), ((X,), "{0}[:, :5].argmax(1)"), ((X,), "{0} * {0}.argmax(0)"),
     ((X,), "{0} + {0}.median(0)[0]"),
     # dims
@@ -185,7 +186,7 @@ class Program:
         try:
             with torch.no_grad():
                 for scope in self.scopes:
-                    exec(f"{name} = {text}", scope)  # noqa: S102
+                    exec(f"{name} = {text}", scope)
         except (RuntimeError, IndexError, ValueError):
             self.scopes = before
             return
