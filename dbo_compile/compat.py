@@ -16,6 +16,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
@@ -73,7 +74,12 @@ def ask_for_dynamic(tensor: torch.Tensor, dim: int) -> bool:
 
 
 def trace_again(reason: str) -> NoReturn:
-    """Leave the backend so that Dynamo traces the frame once more: one of the few exceptions it lets through."""
+    """Leave the backend so that Dynamo traces the frame once more: one of the few exceptions it lets through.
+
+    It also keeps a record of where it broke the graph, to break it there again. With sizes that are symbols now it
+    traces other instructions, and would stop where they do not match that record.
+    """
+    InstructionTranslator.current_tx().speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
 

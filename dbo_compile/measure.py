@@ -38,11 +38,8 @@ def measured() -> Generator[list[Timeline]]:
 
 
 def _timed(timelines: list[Timeline], module: Any, rows: Sequence[int], args: Sequence[Any]) -> tuple[Any, ...]:
-    lanes = _TimedLanes(rows)
-    try:
+    with _TimedLanes(rows) as lanes:
         results: tuple[Any, ...] = _Interpreter(module, lanes).run(lanes, *args)
-    finally:
-        lanes.finish()
     timelines.append(lanes.timeline())
     return results
 

@@ -151,11 +151,8 @@ def _holds(guard: sympy.Expr, values: Mapping[sympy.Symbol, sympy.Integer]) -> b
 
 def played(module: Callable[..., Any], rows: Sequence[int], args: Sequence[Any]) -> tuple[Any, ...]:
     """The results of an emitted program on lanes of its own."""
-    lanes = WorkLanes(rows)
-    try:
+    with WorkLanes(rows) as lanes:
         results: tuple[Any, ...] = module(lanes, *args)
-    finally:
-        lanes.finish()
     return results
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -72,7 +72,7 @@ class WorkLanes(RowLanes):
     """The comm lane is the process group's own asynchronous work, the compute lane the calling thread.
 
     Collectives start in the order of the program; waiting for an event finishes all that were started before it was
-    recorded, as on a stream. On the way out, also by an exception, `finish` leaves no collective half done.
+    recorded, as on a stream. On the way out of `with`, also by an exception, no collective is left half done.
     """
 
     def __init__(self, rows: Sequence[int]) -> None:
@@ -80,6 +80,16 @@ class WorkLanes(RowLanes):
         self.started: list[Pending] = []
         self.num_finished = 0
         self.events: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        try:
+            self.finish()
+        except RuntimeError:
+            if error is None:  # else that one came first, and may have caused this one
+                raise
 
     def switch_to_comm(self) -> None:
         pass
@@ -103,7 +113,15 @@ class WorkLanes(RowLanes):
         return pending.result
 
     def finish(self) -> None:
-        self._finish_until(len(self.started))
+        """Wait for all that was started; if some of it fails, the first error comes after the last wait."""
+        errors: list[RuntimeError] = []
+        while self.num_finished < len(self.started):
+            try:
+                self._finish_until(len(self.started))
+            except RuntimeError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _finish_until(self, end: int) -> None:
         while self.num_finished < end:
