@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dbo_compile.config import Config
-    from dbo_compile.explain import Explanation, Verification, explain, verify
+    from dbo_compile.explanation import Explanation, Verification, explain, verify
     from dbo_compile.report import Report, reports
     from dbo_compile.rules.collectives import register_comm_op
     from dbo_compile.rules.registry import rule as register_rule
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 # Loaded when first asked for: TORCH_LOGS="+dbo_compile" imports this package while torch is half loaded.
 _HOMES = {
     "Config": ("config", "Config"),
-    "Explanation": ("explain", "Explanation"),
+    "Explanation": ("explanation", "Explanation"),
     "Report": ("report", "Report"),
-    "Verification": ("explain", "Verification"),
-    "explain": ("explain", "explain"),
+    "Verification": ("explanation", "Verification"),
+    "explain": ("explanation", "explain"),
     "register_comm_op": ("rules.collectives", "register_comm_op"),
     "register_rule": ("rules.registry", "rule"),
     "reports": ("report", "reports"),
-    "verify": ("explain", "verify"),
+    "verify": ("explanation", "verify"),
 }
 
 __all__ = [

@@ -23,7 +23,7 @@ FLOORS = (
     ("text",),
     ("dump",),
     ("backend",),
-    ("explain", "measure", "integrations"),
+    ("explanation", "measure", "integrations"),
     ("demo",),
     ("cli",),
     ("__init__",),
