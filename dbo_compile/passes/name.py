@@ -5,20 +5,32 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from keyword import kwlist
+
+from torch import fx, nn
 
 from dbo_compile import graph as g
 from dbo_compile.passes.cut import Group, Kind
 from dbo_compile.rules.collectives import comm_op
 
+TAKEN = frozenset((*kwlist, *dir(fx.GraphModule(nn.Module(), fx.Graph())), "steps"))
+"""What cannot be the attribute of an emitted module by which it calls a segment."""
+
 
 def names_of(groups: Sequence[Group]) -> list[str]:
     """A name for each group, unique: `layers_0_mlp`, `layers_0_mlp_all_to_all`, `layers_0_mlp_2`."""
+    first = [_name(group) for group in groups]
+    taken = set(first)  # `layers_2` is the second of `layers` only if there is no layer 2
     count: Counter[str] = Counter()
     names = []
-    for group in groups:
-        name = _name(group)
+    for name in first:
         count[name] += 1
-        names.append(name if count[name] == 1 else f"{name}_{count[name]}")
+        unique = name
+        while count[name] > 1 and unique in taken:
+            unique = f"{name}_{count[name]}"
+            count[name] += unique in taken
+        taken.add(unique)
+        names.append(unique)
     return names
 
 
@@ -35,7 +47,7 @@ def _name(group: Group) -> str:
     if not group.mode.per_microbatch:
         parts.append("once")
     name = re.sub(r"\W+", "_", ".".join(p for p in parts if p)) or "main"
-    return f"module_{name}" if name[0].isdigit() else name
+    return f"module_{name}" if name[0].isdigit() or name in TAKEN else name
 
 
 def _common_path(paths: Sequence[str]) -> str:
