@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dbo_compile.config import Config
+    from dbo_compile.debugging import debug
+    from dbo_compile.decorator import dbo
     from dbo_compile.explanation import Explanation, Verification, explain, verify
-    from dbo_compile.report import Report, reports
+    from dbo_compile.report import Report, reports, save_decisions
     from dbo_compile.rules.collectives import register_comm_op
     from dbo_compile.rules.registry import rule as register_rule
+    from dbo_compile.runtime.tune import load_decisions
 
 # Loaded when first asked for: TORCH_LOGS="+dbo_compile" imports this package while torch is half loaded.
 _HOMES = {
@@ -22,10 +25,14 @@ _HOMES = {
     "Explanation": ("explanation", "Explanation"),
     "Report": ("report", "Report"),
     "Verification": ("explanation", "Verification"),
+    "dbo": ("decorator", "dbo"),
+    "debug": ("debugging", "debug"),
     "explain": ("explanation", "explain"),
+    "load_decisions": ("runtime.tune", "load_decisions"),
     "register_comm_op": ("rules.collectives", "register_comm_op"),
     "register_rule": ("rules.registry", "rule"),
     "reports": ("report", "reports"),
+    "save_decisions": ("report", "save_decisions"),
     "verify": ("explanation", "verify"),
 }
 
@@ -34,10 +41,14 @@ __all__ = [
     "Explanation",
     "Report",
     "Verification",
+    "dbo",
+    "debug",
     "explain",
+    "load_decisions",
     "register_comm_op",
     "register_rule",
     "reports",
+    "save_decisions",
     "verify",
 ]
 

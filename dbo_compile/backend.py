@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,24 @@ from dbo_compile.errors import NotSplit
 from dbo_compile.ir.program import Program, Run
 from dbo_compile.ir.proof import verify_program
 from dbo_compile.ir.schedule import Schedule, Step
-from dbo_compile.ir.tokens import TOKENS, TokenMap
+from dbo_compile.ir.tokens import TOKENS, Shared, Split, TokenMap
 from dbo_compile.ir.verify import verify_schedule
 from dbo_compile.log import logger, setup_from_environment
-from dbo_compile.passes.analyze import analyze
+from dbo_compile.passes import inner
+from dbo_compile.passes.analyze import analyze, draws_random_numbers
 from dbo_compile.passes.cost import CostModel
 from dbo_compile.passes.cut import cut, unsplit_writes
 from dbo_compile.passes.emit import emit
-from dbo_compile.passes.inner import compile_codes
 from dbo_compile.passes.lower import lower
 from dbo_compile.passes.order import order
 from dbo_compile.passes.outline import Outline, outline
 from dbo_compile.passes.sync import sync
 from dbo_compile.report import Levels, Report, add_report, reports
-from dbo_compile.runtime.engine import Engine, TokenInput
+from dbo_compile.rules.collectives import comm_op
+from dbo_compile.runtime.agree import CPU, Agreement, agreement_over
+from dbo_compile.runtime.engine import Engine, Follower, Programs, Whole
+from dbo_compile.runtime.rows import Guards
+from dbo_compile.runtime.signature import Signature, TokenInput
 
 setup_from_environment()
 
@@ -48,18 +53,26 @@ def dbo(
     """
     if mode is not None:
         raise ValueError(f"backend dbo has no modes, got mode={mode!r}; use options={{...}}, see dbo_compile.Config")
-    config = Config.from_options(options)
+    return compile_with(gm, example_inputs, config=Config.from_options(options))
+
+
+def compile_with(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config) -> Callable[..., Any]:
+    """Compile a Dynamo graph with options that were checked before."""
     _refuse_what_is_not_there(config)
     original = copy.copy(gm)
+    groups = capture.comm_groups(gm)
     try:
-        return _split(gm, example_inputs, config)
+        _refuse_what_none_splits(gm, example_inputs, config)
     except NotSplit as why:
-        logger.info("a graph is not split: %s", why)
-        add_report(Report(reason=str(why)))
-        return compat.whole_graph_inductor(original, example_inputs) if config.inner == "inductor" else original.forward
+        return _not_split(original, example_inputs, config, str(why))
+    try:
+        return _split(gm, example_inputs, config, groups)
+    except NotSplit as why:
+        fn = _not_split(original, example_inputs, config, str(why))
+        return Follower(fn, _agreement(groups, config), config) if groups else fn
 
 
-NOT_THERE = ("pad_to", "pad_values", "dp_group", "dp_sync", "cuda_graph", "comm_sms", "gate", "timeout_s")
+NOT_THERE = ("cuda_graph", "comm_sms")
 """Options of the design that this version does not have. Asking for one is an error, never silence."""
 
 
@@ -69,30 +82,108 @@ def _refuse_what_is_not_there(config: Config) -> None:
             raise ValueError(f"option {name!r} is not available in this version of dbo-compile; leave it out")
 
 
-def _split(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+def _refuse_what_none_splits(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> None:
+    """Raise `NotSplit` for what no rank splits, so that there is nothing to agree on."""
     if config.split == "never":
         raise NotSplit('split="never"')
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         raise NotSplit("autograd needs a backward graph, and only inference is split: call it under torch.no_grad()")
     if config.split == "auto" and not capture.has_communication(gm):
         raise NotSplit('it has no communication to hide; split="always" splits it all the same')
+
+
+def _not_split(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, why: str
+) -> Callable[..., Any]:
+    """What the user would have without us."""
+    logger.info("a graph is not split: %s", why)
+    add_report(Report(why=why))
+    return compat.whole_graph_inductor(gm, example_inputs) if config.inner == "inductor" else gm.forward
+
+
+def _agreement(groups: Sequence[str], config: Config, device: torch.device = CPU) -> Agreement:
+    """Where the ranks meet that a graph communicates with; of several groups, those of the largest."""
+    if config.dp_group is not None:
+        group = compat.process_group(config.dp_group)
+    else:
+        found = [compat.process_group(name) for name in groups]
+        group = max(found, key=lambda group: int(group.size()), default=None)
+    return agreement_over(group, config.timeout_s, device if config.dp_sync == "device" else CPU)
+
+
+def _split(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, groups: Sequence[str]
+) -> Callable[..., Any]:
     tokens = capture.token_tensors(gm, example_inputs, config.token_dims)
     capture.make_symbolic(tokens)
+    agreement = _agreement(groups, config, tokens[0].tensor.device)
 
     def compile_aten(aten_gm: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return compile_graph(aten_gm, tokens, config)
+        with agreement.busy():
+            return compile_graph(aten_gm, tokens, config, agreement)
 
-    return compat.to_aten(gm, example_inputs, compile_aten)
+    try:
+        return compat.to_aten(gm, example_inputs, compile_aten)
+    except NotSplit:
+        raise
+    except Exception as error:
+        agreement.leave(f"compiling raised {type(error).__name__}: {error}")
+        raise
 
 
-def compile_graph(gm: fx.GraphModule, tokens: Sequence[capture.TokenTensor], config: Config) -> Engine:
+@dataclass(frozen=True, slots=True)
+class _Traced:
+    """An ATen graph as captured: which inputs carry tokens, and in which dim, and which symbols count them."""
+
+    gm: fx.GraphModule
+    token_dims: Mapping[fx.Node, int]
+    symbols: tuple[sympy.Symbol, ...]
+    hints: Mapping[sympy.Symbol, int]
+
+
+def compile_graph(
+    gm: fx.GraphModule, tokens: Sequence[capture.TokenTensor], config: Config, agreement: Agreement
+) -> Engine:
     """Every level of an ATen graph, top to bottom, and at the end the engine that plays it."""
     whole = fx.GraphModule(gm, copy.copy(gm.graph))
     _refuse_sizes_from_data(gm.graph)
     compat.reinplace(gm)
     inputs = g.inputs(gm.graph)
     position = compat.argument_positions(inputs)
-    token_dims = {inputs[position[t.index]]: t.dim for t in tokens}
+    traced = _traced(gm, {inputs[position[t.index]]: t.dim for t in tokens})
+    levels, programs = build(traced, config, whole={})
+
+    def compile_whole() -> tuple[Callable[..., Any], Guards]:
+        compiled = inner.compile_whole(whole, traced.symbols, traced.hints)
+        return compiled.fn, Guards(compiled.guards, programs.guards.symbols)
+
+    def recompile() -> Programs | None:
+        """Programs that take nothing on trust; None if these do not either."""
+        assert report.levels is not None
+        if not (trusted := report.levels.tokens.obligations):
+            return None
+        report.levels, made = build(traced, config, whole=dict.fromkeys(trusted, REFUTED))
+        return made
+
+    engine = Engine(
+        programs,
+        Whole(whole.forward, compile_whole if config.inner == "inductor" else None),
+        signature_of(gm.graph, levels.tokens, [(position[t.index], t.dim, t.name) for t in tokens], traced, config),
+        agreement,
+        config,
+        recompile,
+    )
+    report = Report(levels=levels, engine=engine)
+    add_report(report)
+    if config.dump:
+        _dump(levels, Path(config.dump))
+    return engine
+
+
+REFUTED = "the equality gate found that rows do not come back to their own tokens here, or not only here"
+
+
+def _traced(gm: fx.GraphModule, token_dims: Mapping[fx.Node, int]) -> _Traced:
     symbols = tuple(dict.fromkeys(g.expression(g.value(n).shape[d]) for n, d in token_dims.items()))
     if not all(symbol.is_Symbol for symbol in symbols):
         raise NotSplit(capture.SPECIALISED)
@@ -101,8 +192,16 @@ def compile_graph(gm: fx.GraphModule, tokens: Sequence[capture.TokenTensor], con
         if any(g.expression(s).has(*symbols) for s in others):
             raise NotSplit(f"{node.name} has another dim whose size is traced as the number of tokens: call it first "
                            "with a number of tokens that is no other size of the model")
+    numbers = [g.value(n) for n in g.inputs(gm.graph) if g.is_symbolic_number(n)]
+    hints = {g.expression(number): int(number.node.hint) for number in numbers}
+    num_tokens = max(hints.pop(s) for s in symbols)
+    return _Traced(gm, token_dims, symbols, {TOKENS: num_tokens, **hints})
 
-    placed = analyze(gm.graph, token_dims, symbols, whole={})
+
+def build(traced: _Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> tuple[Levels, Programs]:
+    """The passes, one level after the other; `whole` holds ops that are to be barriers, with the reason."""
+    gm, symbols, n = traced.gm, traced.symbols, config.num_microbatches
+    placed = analyze(gm.graph, traced.token_dims, symbols, whole)
     segments = outline(gm, cut(gm.graph, placed), placed, symbols)
     model = CostModel(gm.graph)
     costs = {name: model.seconds(segments.groups[name]) for name in segments.codes}
@@ -110,29 +209,67 @@ def compile_graph(gm: fx.GraphModule, tokens: Sequence[capture.TokenTensor], con
     def cost(step: Step | Run) -> float:
         return costs[segments.segments[step.segment].code]
 
-    schedules = {n: make_schedule(segments, placed, cost, n, config.policy) for n in (1, config.num_microbatches)}
-    programs = {n: make_program(segments, schedule) for n, schedule in schedules.items()}
+    schedules = {m: make_schedule(segments, placed, cost, m, config.policy) for m in (1, n)}
+    programs = {m: make_program(segments, schedule) for m, schedule in schedules.items()}
 
-    compiled = compile_codes(segments.codes, _hints(gm.graph, symbols, config.num_microbatches), inner=config.inner)
+    # The tokens of one microbatch, and never 0 or 1, on which a compiler would specialise.
+    hints = {**traced.hints, TOKENS: max(2, traced.hints[TOKENS] // n)}
+    compiled = inner.compile_codes(segments.codes, hints, inner=config.inner)
     fns = {name: c.fn for name, c in compiled.items()}
-    modules = {n: emit(p, fns, segments.outputs) for n, p in programs.items()}
+    modules = {m: emit(p, fns, segments.outputs) for m, p in programs.items()}
     guards = [*_graph_guards(gm.graph, symbols), *(guard for c in compiled.values() for guard in c.guards)]
-    engine = Engine(
-        modules,
-        list(dict.fromkeys(guards)),
-        [TokenInput(position[t.index], t.dim, t.name) for t in tokens],
-        {s: i for s, i in g.symbol_inputs(gm.graph).items() if s not in symbols},
-        whole.forward,
-        num_microbatches=config.num_microbatches,
-        min_tokens=config.min_tokens,
-        least_rows=2 if config.inner == "inductor" else 1,
-    )
-    n = config.num_microbatches
+    others = [s for s in g.symbol_inputs(gm.graph) if s not in symbols]
     levels = Levels(gm.graph, placed, segments, schedules[n], programs[n], modules[n], cost)
-    add_report(Report(levels=levels, engine=engine))
-    if config.dump:
-        _dump(levels, Path(config.dump))
-    return engine
+    trusts = tuple(dict.fromkeys(placed.obligations.values()))
+    return levels, Programs(modules, Guards(list(dict.fromkeys(guards)), others), programs[n].fingerprint, trusts)
+
+
+def signature_of(
+    graph: fx.Graph, placed: TokenMap, tokens: Sequence[tuple[int, int, str]], traced: _Traced, config: Config
+) -> Signature:
+    """What the engine knows of arguments and results; `tokens` has position, token dim and name of token inputs."""
+    inputs = list(g.inputs(graph))
+    written = dict.fromkeys(g.base(n) for m in g.body(graph) for n in g.written(m))
+    symbol_inputs = g.symbol_inputs(graph)
+    return Signature(
+        token_inputs=tuple(TokenInput(*t, config.pad_values.get(t[2], 0)) for t in tokens),
+        token_numbers=tuple(i for s, i in symbol_inputs.items() if s in traced.symbols),
+        symbol_inputs={s: i for s, i in symbol_inputs.items() if s not in traced.symbols},
+        written=tuple(i for i, n in enumerate(inputs) if n in written),
+        output_dims=tuple(_token_dim(n, placed) for n in g.results(graph)),
+        unpaddable=_why_not_padded(graph, placed, traced.symbols, has_values=bool(config.pad_values)),
+        same_size=any(g.symbols_of(v) & {*traced.symbols} for n in g.body(graph) for v in _sent(n)),
+        draws_random_numbers=any(map(draws_random_numbers, g.body(graph))),
+    )
+
+
+def _token_dim(result: Any, placed: TokenMap) -> int | None:
+    place = placed.places[result] if isinstance(result, fx.Node) else None
+    return place.dim if isinstance(place, Split) else None
+
+
+def _why_not_padded(
+    graph: fx.Graph, placed: TokenMap, symbols: Sequence[sympy.Symbol], *, has_values: bool
+) -> str:
+    """Why rows of padding could change what is computed of the others; "" if they cannot."""
+    for node, why in placed.barriers.items():
+        return f"{node.name} ({g.source_line(node)}) sees all tokens at once: {why}"
+    for node in g.results(graph):
+        if isinstance(node, fx.Node) and g.is_symbolic_number(node) and g.symbols_of(g.value(node)) & {*symbols}:
+            return "it returns the number of tokens"
+    for node in g.body(graph):
+        shared = [n for n in g.written(node) if isinstance(placed.places[n], Shared)]
+        if shared and not isinstance(placed.places[node], Shared) and not has_values:
+            return (f"{node.name} ({g.source_line(node)}) writes a buffer of all tokens; give pad_values that have it "
+                    "write where nobody reads")
+    return ""
+
+
+def _sent(node: fx.Node) -> list[Any]:
+    """What a collective sends and receives; nothing for other ops."""
+    if comm_op(node.target) is None:
+        return []
+    return [v for v in map(g.value, (node, *node.all_input_nodes)) if isinstance(v, torch.Tensor)]
 
 
 def _refuse_sizes_from_data(graph: fx.Graph) -> None:
@@ -176,12 +313,3 @@ def _graph_guards(graph: fx.Graph, symbols: Sequence[sympy.Symbol]) -> list[symp
     number = next(g.value(n) for n in g.inputs(graph) if g.is_symbolic_number(n))
     renamed = [guard.xreplace(dict.fromkeys(symbols, TOKENS)) for guard in compat.graph_guards(number)]
     return [guard for guard in renamed if guard.has(TOKENS)]
-
-
-def _hints(graph: fx.Graph, symbols: Sequence[sympy.Symbol], num_microbatches: int) -> dict[sympy.Symbol, int]:
-    """The value that each symbol had in the traced call; for tokens, those of one microbatch, and never 0 or 1."""
-    hints = {
-        g.expression(g.value(n)): int(g.value(n).node.hint) for n in g.inputs(graph) if g.is_symbolic_number(n)
-    }
-    num_tokens = max(hints.pop(s) for s in symbols)
-    return {TOKENS: max(2, num_tokens // num_microbatches), **hints}

@@ -13,7 +13,7 @@ from torch import fx
 from dbo_compile import compat
 from dbo_compile import graph as g
 from dbo_compile.errors import NotSplit
-from dbo_compile.rules.collectives import comm_op
+from dbo_compile.rules.collectives import CommOp, comm_op
 
 SPECIALISED = "the model was specialised to the number of tokens that it was first called with"
 
@@ -31,13 +31,20 @@ class TokenTensor:
 
 def has_communication(gm: fx.GraphModule) -> bool:
     """Whether a Dynamo graph, or a graph nested in it, calls a collective that we know."""
-    return any(
-        comm_op(target) is not None
-        for module in gm.modules()
-        if isinstance(module, fx.GraphModule)
-        for node in module.graph.nodes
-        for target in _overloads(node.target)
-    )
+    return any(True for _ in _collectives(gm))
+
+
+def comm_groups(gm: fx.GraphModule) -> list[str]:
+    """The names of the process groups that a Dynamo graph communicates over."""
+    args = (node.args[op.group_arg] for node, op in _collectives(gm) if op.group_arg is not None)
+    return list(dict.fromkeys(map(str, args)))
+
+
+def _collectives(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, CommOp]]:
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                yield from ((node, op) for target in _overloads(node.target) if (op := comm_op(target)))
 
 
 def _overloads(target: Any) -> Iterator[Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from inspect import signature
+from pathlib import Path
+from types import CellType, FunctionType
 from typing import Any, NoReturn, cast
 
 import sympy
@@ -19,14 +21,17 @@ from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._functorch.aot_autograd import aot_module_simplified
-from torch._guards import TracingContext, tracing
+from torch._guards import CompileContext, TracingContext, tracing
 from torch._higher_order_ops.auto_functionalize import auto_functionalized, auto_functionalized_v2
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_passes.post_grad import decompose_auto_functionalized
 from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
 from torch._inductor.fx_utils import FakeTensorUpdater
 from torch._inductor.virtualized import V
+from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import profiler
+from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -130,6 +135,10 @@ def reinplace(gm: fx.GraphModule) -> None:
     with V.set_fake_mode(TracingContext.get().fake_mode):
         reinplace_inplaceable_ops(updater, gm.graph)
     decompose_auto_functionalized(gm.graph)
+    for node in gm.graph.find_nodes(op="call_function", target=aten.copy_.default):
+        if node.args[0] is node.args[1]:  # what an op of somebody's own wrote in place; else it would be copied whole
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
     gm.recompile()
 
@@ -223,6 +232,47 @@ def aten_op_names() -> list[str]:
     return sorted({op.partition(".")[0] for library, _, op in names if library == "aten"})
 
 
+# -- accelerators -----------------------------------------------------------------------------------------------------
+
+_data_ptrs_equal = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # in builds for CUDA alone
+
+
+def same_addresses(tensors: Sequence[Any], addresses: list[int], indices: list[int]) -> bool:
+    """Whether the tensors at `indices` lie at `addresses`. A model has many weights: not a loop, where possible."""
+    if _data_ptrs_equal is not None:
+        wanted = dict(zip(indices, addresses, strict=True))
+        return bool(_data_ptrs_equal(list(tensors), [wanted.get(i) for i in range(len(tensors))], indices))
+    return all(tensors[i].data_ptr() == address for i, address in zip(indices, addresses, strict=True))
+
+
+def gemm_sms_left_free() -> int | None:
+    """How many multiprocessors PyTorch's own matrix products leave to others; None: none are asked for."""
+    left: int | None = torch._C._get_sm_carveout_experimental()
+    return left
+
+
+def leave_sms_free(num_sms: int | None) -> None:
+    torch._C._set_sm_carveout_experimental(num_sms)
+
+
+class Symmetric:
+    """Memory that all ranks of a group have at once, reachable from each other's kernels (NVSHMEM)."""
+
+    def __init__(self, group_name: str, device: torch.device) -> None:
+        if not symmetric_memory.is_nvshmem_available():
+            raise RuntimeError(f"this PyTorch has no NVSHMEM for {device}, which an exchange of device-side sizes needs")
+        if symmetric_memory.get_backend(device) != "NVSHMEM":
+            symmetric_memory.set_backend("NVSHMEM")  # before the first memory of this kind in the process
+        self.group_name = group_name
+        self.device = device
+
+    def empty(self, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the same size on every rank; all of them must ask for it at the same place."""
+        made = symmetric_memory.empty(*sizes, dtype=dtype, device=self.device)
+        symmetric_memory.rendezvous(made, group=self.group_name)
+        return made
+
+
 # -- process groups ---------------------------------------------------------------------------------------------------
 
 
@@ -240,3 +290,53 @@ def process_group(name: Any) -> Any:
             f"the model communicates over process group {name!r}, which was destroyed or never made on this rank; "
             "compile the model after init_process_group, and keep the group as long as the model"
         ) from error
+
+
+# -- seeing what happens ----------------------------------------------------------------------------------------------
+
+
+def is_profiling() -> bool:
+    """Whether a profiler runs, `torch.profiler` and `emit_nvtx` alike."""
+    return profiler._is_profiler_enabled
+
+
+def compile_id() -> str:
+    """What Dynamo and tlparse call the compilation that goes on, e.g. `0/1`; "" for none."""
+    return str(CompileContext.current_compile_id() or "")
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Hand a text to `TORCH_TRACE`, where tlparse shows it under the compile id. `payload` is called only if it is on.
+
+    `encoding` is "string" or "json". Costs nothing to speak of where tracing is off.
+    """
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
+
+
+TORCH = str(Path(torch.__file__).parent)
+
+
+def generated_file(compiled: Any) -> str:
+    """The file with the code that Inductor generated for a function that it compiled; "" if it cannot be found."""
+    seen: set[int] = set()
+    todo: list[Any] = [compiled]
+    while todo and len(seen) < 2000:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        code = getattr(item, "__code__", None)
+        if code is not None and code.co_name == "call" and not code.co_filename.startswith(TORCH):
+            return str(code.co_filename)
+        todo += _held_by(item)
+    return ""
+
+
+def _held_by(item: Any) -> list[Any]:
+    """What a function, or an object of Inductor that can be called, holds that can be called."""
+    cells = getattr(item, "__closure__", None) or ()
+    held = [c.cell_contents for c in cells if c != CellType()]
+    if not isinstance(item, type | FunctionType | fx.GraphModule) and type(item).__module__.startswith("torch._"):
+        held += vars(item).values() if hasattr(item, "__dict__") else ()
+    held += [getattr(item, name, None) for name in ("__wrapped__", "__func__", "__self__", "func")]
+    return [h for h in held if callable(h)]

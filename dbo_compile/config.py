@@ -66,6 +66,10 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_count(value: Any) -> bool:
+    return _is_integer(value) and value > 0
+
+
 def _is_number(value: Any) -> bool:
     return (isinstance(value, float) and not math.isnan(value)) or _is_integer(value)
 
@@ -103,7 +107,7 @@ def _either(*kinds: Kind) -> Kind:
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) > 0 and all(_is_integer(v) and v > 0 for v in value)
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_count, value))
 
 
 def _is_group(value: Any) -> bool:
@@ -120,6 +124,12 @@ _SIZES = _kind(
     _are_sizes,
     keep=lambda sizes: tuple(sorted(set(sizes))),
     parse=lambda text: [int(size) for size in text.split(",")],
+)
+_PHASES = _kind(
+    "a mapping of 'decode' and 'prefill' to integers of at least 1",
+    lambda v: isinstance(v, Mapping) and set(v) == {"decode", "prefill"} and all(map(_is_count, v.values())),
+    keep=NamedValues,
+    parse=json.loads,
 )
 _FOLDER = _kind("a path", lambda v: isinstance(v, str | os.PathLike) and v != "", keep=os.fspath)
 _GROUP = _kind("a process group or its name", _is_group)
@@ -144,7 +154,12 @@ class Config:
         "'auto' splits where that was timed to be faster, 'always' even where there is no communication to hide, "
         "'never' turns splitting off.",
     )
-    min_tokens: int = _option(2, _integer(1), "A step is split only if every rank has at least this many tokens.")
+    min_tokens: int | Mapping[str, int] = _option(
+        2,
+        _either(_integer(1), _PHASES),
+        "A step is split only if every rank has at least this many tokens; a mapping of 'decode' and 'prefill' has a "
+        "number for each.",
+    )
     token_dims: Mapping[str, int] | None = _option(
         None,
         _either(_NONE, _named("their token dims", _is_integer)),
@@ -232,6 +247,12 @@ class Config:
         return f"Config({', '.join(f'{option.name}={value!r}' for option, value in values if value != option.default)})"
 
     @property
+    def least_tokens(self) -> tuple[int, int]:
+        """`min_tokens` of a decode and of a prefill."""
+        least = self.min_tokens
+        return (least["decode"], least["prefill"]) if isinstance(least, Mapping) else (least, least)
+
+    @property
     def fingerprint(self) -> str:
         """A hash of all that ranks must share, the same in every process."""
         values = [(option.name, getattr(self, option.name)) for option in fields(self) if option.metadata["shared"]]
@@ -247,6 +268,10 @@ def _checked(option: Field[Any], make: Conversion, given: Any, *, source: str) -
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-    return f"unknown option {name!r}{hint} The options are: {', '.join(known)}"
+    return f"unknown option {name!r}{nearest(name, known)} The options are: {', '.join(known)}"
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The end of a sentence about a wrong name: `; did you mean 'pad_to'?`, or a full stop."""
+    found = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {found[0]!r}?" if found else "."

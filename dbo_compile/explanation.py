@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
@@ -13,16 +13,25 @@ import torch
 
 from dbo_compile import compat
 from dbo_compile.backend import dbo
-from dbo_compile.report import Report, reports
-from dbo_compile.runtime.clock import chart
-from dbo_compile.text import segments_text
+from dbo_compile.measure import measured_each
+from dbo_compile.overview import overview, overview_html
+from dbo_compile.report import Report, reports, times
+from dbo_compile.runtime.clock import Timeline
+
+
+MOST_CALLS = 4
+"""`split="auto"` tries other ways in between: after so many calls a split one was among them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What became of each graph of a model. `str()` shows every level."""
+    """What became of each graph of a model, for people: `print` it, or leave it in the last line of a notebook's cell.
+
+    `timelines` has a call of each graph that was timed, None for a graph that does not run on lanes.
+    """
 
     reports: tuple[Report, ...]
+    timelines: tuple[Timeline | None, ...] = ()
 
     @property
     def split(self) -> bool:
@@ -48,18 +57,54 @@ class Explanation:
         hidden = [r.levels.timeline.hidden_comm for r in self.reports if r.levels]
         return sum(hidden) / len(hidden) if hidden else 0.0
 
+    @property
+    def hidden_comm_measured(self) -> float | None:
+        """The share of communication that lay under compute in the calls that were timed; None if none was split."""
+        split = [t for t in self.timelines if t and any(i.microbatch is not None for i in t.intervals)]
+        return sum(t.hidden_comm for t in split) / len(split) if split else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data; `graphs` are as `report.schema.json` in this package says."""
+        measured = [[times(t)] if t else [] for t in self._timelines()]
+        graphs = [{**r.to_dict(), "measured": m} for r, m in zip(self.reports, measured, strict=True)]
+        return {"split": self.split, "hidden_comm": self.hidden_comm, "reasons": self.reasons, "graphs": graphs}
+
     def __str__(self) -> str:
-        return "\n\n".join(text for i, r in enumerate(self.reports) for text in _graph_text(i, r))
+        return "\n\n".join(overview(i, r, t) for i, (r, t) in enumerate(self._rows()))
+
+    def _repr_html_(self) -> str:
+        return "\n".join(overview_html(i, r, t) for i, (r, t) in enumerate(self._rows()))
+
+    def _rows(self) -> list[tuple[Report, Timeline | None]]:
+        return list(zip(self.reports, self._timelines(), strict=True))
+
+    def _timelines(self) -> tuple[Timeline | None, ...]:
+        return self.timelines or (None,) * len(self.reports)
 
 
 def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Explanation:
-    """Compile `model` for these arguments, call it once without gradients, and tell what was split and why not.
+    """Compile `model` for these arguments, call it a few times without gradients, and tell what was split and why not.
 
-    `model` is a Module or a function; `options` are those of the backend.
+    `model` is a Module or a function; `options` are those of the backend. The first call compiles, another one is
+    timed. Neither the arguments nor the buffers of the model are changed. Where ranks communicate, all must call this.
     """
     before = len(reports())
-    _run(_compiled(model, options or {}), model, args, kwargs)
-    return Explanation(tuple(reports()[before:]))
+    call = _compiled(model, options or {})
+    _run(call, model, args, kwargs)
+    found = tuple(reports()[before:])
+    return Explanation(found, _timelines(found, lambda: _run(call, model, args, kwargs)))
+
+
+def _timelines(found: Sequence[Report], call: Callable[[], Any]) -> tuple[Timeline | None, ...]:
+    """A timed call of each graph, a split one if there is any within `MOST_CALLS`."""
+    best: list[Timeline | None] = [None] * len(found)
+    for _ in range(MOST_CALLS if any(r.split for r in found) else 0):
+        with measured_each(found) as taken:
+            call()
+        best = [now[-1] if now else old for old, now in zip(best, taken, strict=True)]
+        if all(not now or any(i.microbatch is not None for i in now[-1].intervals) for now in taken):
+            break
+    return tuple(best)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +138,7 @@ def verify(
     """
     try:
         eager = _run(model, model, args, kwargs)
-        always = {**(options or {}), "split": "always"}
+        always = {**(options or {}), "split": "always", "gate": "never"}  # it is what the gate does, to be seen
         unsplit = _run(_compiled(model, always | {"min_tokens": 2**62}), model, args, kwargs)
         before = len(reports())
         split = _run(_compiled(model, always), model, args, kwargs)
@@ -164,35 +209,3 @@ def _largest(got: torch.Tensor, want: torch.Tensor) -> float:
     wide = torch.complex128 if got.is_complex() else torch.float64
     diff = (got.to(wide) - want.to(wide)).abs().nan_to_num(nan=torch.inf)
     return diff.where((got != want) & ~(got.isnan() & want.isnan()), 0.0).max().item()
-
-
-# -- the levels as text -----------------------------------------------------------------------------------------------
-
-
-def _graph_text(index: int, report: Report) -> Iterator[str]:
-    yield f"graph {index}: " + (f"not split: {report.reason}" if report.levels is None else _summary(report))
-    if report.levels is None:
-        return
-    if report.barriers:
-        yield _listing("barriers (played once on all tokens)", report.barriers)
-    if report.obligations:
-        yield _listing("taken on trust (checked by dbo_compile.verify)", report.obligations)
-    if report.decline_counts:
-        yield _listing("calls that were not split", report.decline_counts)
-    yield "segments\n" + segments_text(report.levels)
-    yield f"schedule\n{report.levels.schedule}"
-    yield "lanes (predicted)\n" + chart(report.levels.timeline)
-    yield f"program\n{report.levels.program}"
-
-
-def _summary(report: Report) -> str:
-    assert report.levels is not None
-    return (
-        f"split in {report.num_microbatches} microbatches, {report.num_segments} segments of which "
-        f"{report.num_unique_segments} differ, {report.num_comm_ops} collectives, {len(report.barriers)} barriers, "
-        f"{report.levels.timeline.hidden_comm:.0%} of communication hidden (predicted)"
-    )
-
-
-def _listing(title: str, rows: dict[str, Any]) -> str:
-    return "\n".join([title, *(f"  {key}: {value}" for key, value in rows.items())])

@@ -55,6 +55,23 @@ def reads_number(node: fx.Node) -> bool:
     return node.target is torch.ops.aten._local_scalar_dense.default
 
 
+def copies_to_host(node: fx.Node) -> bool:
+    """Whether `node` makes a tensor of the CPU out of one on a device: the host waits for what it reads."""
+    read = [t for n in node.all_input_nodes for t in _tensors(n)]
+    return is_on_host(node) and any(t.device.type != "cpu" for t in read)
+
+
+def is_on_host(node: fx.Node) -> bool:
+    """Whether the result of `node` is a tensor of the CPU, or several of them."""
+    made = _tensors(node)
+    return bool(made) and all(t.device.type == "cpu" for t in made)
+
+
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    val = value(node)
+    return [t for t in (val if isinstance(val, tuple | list) else [val]) if isinstance(t, torch.Tensor)]
+
+
 def data_symbols(graph: fx.Graph) -> dict[sympy.Symbol, fx.Node]:
     """The symbols that stand for numbers read out of tensors, and who reads each first."""
     symbols: dict[sympy.Symbol, fx.Node] = {}
@@ -96,7 +113,8 @@ def viewed(node: fx.Node) -> tuple[fx.Node, ...]:
     """The arguments whose memory the result of an op may share, by its schema."""
     if node.target is WAIT:  # hands its argument on, though its schema does not say so
         return tuple(node.all_input_nodes)
-    return tuple(arg for arg, info in _schema_args(node) if info is not None and not info.is_write) + written(node)
+    own = tuple(arg for arg, info in _schema_args(node) if info is not None and not info.is_write)
+    return own if _returns_new(node.target) else own + written(node)
 
 
 def base(node: fx.Node) -> fx.Node:
@@ -163,6 +181,13 @@ def _schema_args(node: fx.Node) -> Iterator[tuple[fx.Node, Any]]:
             for leaf in flat(arg):
                 if isinstance(leaf, fx.Node):
                     yield leaf, aliased[name]
+
+
+@cache
+def _returns_new(target: Any) -> bool:
+    """Whether nothing that an op returns is an argument that it has written in place (attention that fills a cache)."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and all(made.alias_info is None for made in schema.returns)
 
 
 @cache

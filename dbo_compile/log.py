@@ -41,13 +41,24 @@ class RankFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(rank)s%(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        rank = _rank()
-        record.rank = "" if rank is None else f"rank {rank} "
+        own = rank()
+        record.rank = "" if own is None else f"rank {own} "
         return super().format(record)
 
 
-def _rank() -> str | None:
-    """Asked for each line: a process group may come up, or go, at any time."""
+def rank() -> int | None:
+    """The number of this process among the ranks, None for one that is none. It may change at any time."""
     if dist.is_available() and dist.is_initialized():
-        return str(dist.get_rank())
-    return os.environ.get("RANK")
+        return dist.get_rank()
+    given = os.environ.get("RANK", "")
+    return int(given) if given.isdecimal() else None
+
+
+_warned: dict[tuple[object, str], None] = {}
+
+
+def warn_once(about: object, message: str, *args: object) -> None:
+    """Log a warning, but only the first time that `message` comes up `about` the same thing: a graph, a folder."""
+    if (about, message) not in _warned:
+        _warned[about, message] = None
+        logger.warning(message, *args)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import fx
 
@@ -14,6 +18,11 @@ from dbo_compile.ir.tokens import TokenMap
 from dbo_compile.passes.outline import Outline
 from dbo_compile.runtime.clock import Timeline, simulate
 from dbo_compile.runtime.engine import Engine
+from dbo_compile.runtime.tune import Decision, Size, decisions_text
+from dbo_compile.runtime.tune import Decision, Size, decisions_text
+
+
+SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +42,58 @@ class Levels:
         """The program on a clock with modelled costs."""
         return simulate(self.program, self.cost)
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """The module that most ops of each segment come from, by segment; "" for none."""
+        counts = {name: Counter(map(g.module_path, group.nodes)) for name, group in self.outline.groups.items()}
+        return {name: next((path for path, _ in count.most_common() if path), "") for name, count in counts.items()}
 
-@dataclass(frozen=True, slots=True)
+    @property
+    def segment_rows(self) -> list[dict[str, Any]]:
+        """The segments as plain data, in the order of the graph; `seconds` is the modelled cost of one step."""
+        seconds, paths = {i.segment: i.end - i.start for i in self.timeline.intervals}, self.paths
+        return [
+            {
+                "name": s.name,
+                "lane": s.lane.value,
+                "code": s.code,
+                "module": paths[s.name],
+                "host": s.host,
+                "times": self.program.num_microbatches if s.per_microbatch else 1,
+                "seconds": seconds[s.name],
+                "inputs": list(s.inputs),
+                "outputs": list(s.outputs),
+            }
+            for s in self.outline.segments.values()
+        ]
+
+
+@dataclass(slots=True, eq=False)
 class Report:
     """One compiled graph. `calls`, `calls_split` and `decline_counts` go on counting.
 
-    `reason` says why the graph as a whole is not split ("" if it is); `decline_counts` why single calls were not.
+    `why` is the reason that was known when it was compiled. `captured` is the graph as Dynamo made it. `reason` says why the graph as a whole is not split ("" if it is);
+    `decline_counts` why single calls were not.
     """
 
-    reason: str = ""
+    why: str = ""
     levels: Levels | None = None
     engine: Engine | None = None
+    captured: fx.Graph | None = None
+
+    @property
+    def reason(self) -> str:
+        """Why the graph as a whole is not split, or not any more."""
+        return self.why or (self.engine.refuted if self.engine else "")
 
     @property
     def split(self) -> bool:
-        return self.levels is not None
+        return self.levels is not None and not self.reason
+
+    @property
+    def decisions(self) -> dict[Size, Decision]:
+        """What `split="auto"` found for each size: the times of each way to play it, and which one is played."""
+        return dict(self.engine.decisions) if self.engine else {}
 
     @property
     def num_microbatches(self) -> int:
@@ -69,7 +115,7 @@ class Report:
     @property
     def fingerprint(self) -> str:
         """What the ranks of a group must have in common; "" for a graph that is not split."""
-        return self.levels.program.fingerprint if self.levels else ""
+        return self.engine.fingerprint if self.engine else ""
 
     @property
     def barriers(self) -> dict[str, str]:
@@ -93,9 +139,47 @@ class Report:
     def decline_counts(self) -> dict[str, int]:
         return dict(self.engine.calls.declined) if self.engine else {}
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data, in the form of `report.schema.json` in this package."""
+        return {
+            "version": SCHEMA_VERSION,
+            "split": self.split,
+            "reason": self.reason,
+            "num_microbatches": self.num_microbatches,
+            "num_segments": self.num_segments,
+            "num_unique_segments": self.num_unique_segments,
+            "num_comm_ops": self.num_comm_ops,
+            "fingerprint": self.fingerprint,
+            "barriers": [{"op": op, "reason": reason} for op, reason in self.barriers.items()],
+            "obligations": [{"op": op, "assumes": assumed} for op, assumed in self.obligations.items()],
+            "segments": self.levels.segment_rows if self.levels else [],
+            "schedule": [str(step) for step in self.levels.schedule.steps] if self.levels else [],
+            "predicted": times(self.levels.timeline) if self.levels else None,
+            "calls": {"total": self.calls, "split": self.calls_split, "declined": self.decline_counts},
+            "decisions": {
+                str(size): {"chosen": made.chosen, "seconds": dict(made.seconds)}
+                for size, made in self.decisions.items()
+            },
+        }
+
 
 def _with_lines(why: Mapping[fx.Node, str]) -> dict[str, str]:
     return {f"{n.name} ({line})" if (line := g.source_line(n)) else n.name: reason for n, reason in why.items()}
+
+
+def times(timeline: Timeline) -> dict[str, float]:
+    """A timeline in four numbers: seconds in all, seconds that each lane is busy, the hidden share of communication."""
+    busy = {lane.value: timeline.busy(lane) for lane in Lane}
+    return {"seconds": timeline.makespan, **busy, "hidden_comm": timeline.hidden_comm}
+
+
+def save_decisions(path: str | os.PathLike[str]) -> None:
+    """Write what `split="auto"` has found so far to a file for `load_decisions`: a restart then times nothing again.
+
+    Every rank finds the same, so one file, written by one rank, serves all of them.
+    """
+    graphs = {r.engine.programs.fingerprint: r.decisions for r in reports() if r.engine and r.decisions}
+    Path(path).write_text(decisions_text(graphs))
 
 
 _reports: list[Report] = []

@@ -105,20 +105,20 @@ def test_parameters_and_buffers_are_never_taken_for_tokens():
             return x @ (self.weight + self.shift).T
 
     (report,) = check(Table(), *rows(7, 9))
-    assert [t.name for t in report.engine.token_inputs] == ["x"]
+    assert [t.name for t in report.engine.signature.token_inputs] == ["x"]
 
 
 @pytest.mark.parametrize("dim", [1, -1])
 def test_token_dims_name_a_dim(dim):
     (report,) = check(lambda x: x.exp(), *[lambda n=n: (values(3, n),) for n in (7, 9)],
                       options=ALWAYS | {"token_dims": {"x": dim}})  # fmt: skip
-    assert [(t.name, t.dim) for t in report.engine.token_inputs] == [("x", 1)]
+    assert [(t.name, t.dim) for t in report.engine.signature.token_inputs] == [("x", 1)]
     assert report.calls_split == 2
 
 
 def test_token_dims_that_name_nothing_leave_the_guess():
     (report,) = check(lambda x: x.exp(), *rows(9), options=ALWAYS | {"token_dims": {"ids": 1}})
-    assert [(t.name, t.dim) for t in report.engine.token_inputs] == [("x", 0)]
+    assert [(t.name, t.dim) for t in report.engine.signature.token_inputs] == [("x", 0)]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""Explain, verify, reports, dump and measure: what they say about models that are split, in part, and not at all."""
+"""Explain, verify and reports: what they say about models that are split, in part, and not at all."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from itertools import pairwise
-from xml.etree import ElementTree
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -15,13 +15,9 @@ from torch import nn
 
 import dbo_compile
 from dbo_compile import register_rule, reports
-from dbo_compile.chart import svg
-from dbo_compile.dump import dump
 from dbo_compile.explanation import explain, verify
-from dbo_compile.ir.schedule import Lane
 from dbo_compile.ir.tokens import Split
-from dbo_compile.measure import measured
-from dbo_compile.runtime.clock import Interval, Timeline
+from tests.schema import faults, report_schema
 
 ALWAYS = {"split": "always", "inner": "eager"}
 EAGER = {"inner": "eager"}
@@ -54,9 +50,8 @@ def test_explain_shows_every_level_of_a_split_model():
     text = str(found)
     assert "split in 2 microbatches, 4 segments of which 4 differ, 1 collectives, 1 barriers" in text
     assert "test_explain.py" in text
-    for title in ("barriers", "segments", "schedule", "lanes (predicted)", "program"):
-        assert f"\n{title}" in text
-    assert found.program in text
+    titles = ("barriers", "segments", "schedule", "lanes (predicted", "lanes (measured", "program")
+    assert [text.count(f"\n{title}") for title in titles] == [1] * len(titles)
     assert found.program.splitlines()[-1].split()[0] == "end"
 
 
@@ -72,14 +67,16 @@ def test_explain_shows_every_level_of_a_split_model():
 def test_explain_says_why_a_model_is_not_split(fn, x, options, reason):
     found = explain(lambda x: fn(x), x, options=options)
     assert (found.split, found.reasons, found.program, found.hidden_comm) == (False, [reason], "", 0.0)
-    assert str(found) == f"graph 0: not split: {reason}"
+    assert str(found).splitlines()[0] == f"graph 0: not split: {reason}"
+    assert str(found).splitlines()[1].startswith("    what to do: ")
 
 
 def test_explain_says_why_a_call_is_not_split():
     found = explain(sharded, values(9, 5), options=EAGER | {"min_tokens": 10})
     assert found.split
     assert found.reasons[0] == "9 tokens are fewer than min_tokens=10"
-    assert "calls that were not split\n  9 tokens are fewer than min_tokens=10: 1" in str(found)
+    assert "calls that were not split\n    9 tokens are fewer than min_tokens=10: 2" in str(found)
+    assert "-> Lower the option min_tokens" in str(found)
 
 
 def test_explain_has_every_graph_and_no_other():
@@ -106,6 +103,59 @@ def test_explain_leaves_the_model_and_the_arguments_as_they_were():
 
 def test_explain_is_a_function_of_the_package():
     assert callable(dbo_compile.explain)
+
+
+def deep(num_layers):
+    def forward(x):
+        for _ in range(num_layers):
+            x = sharded(x)
+        return x
+
+    return forward
+
+
+@pytest.mark.parametrize("num_layers", [1, 32])
+def test_an_explanation_fits_a_terminal(num_layers):
+    text = str(explain(deep(num_layers), values(9, 5), options=EAGER))
+    assert max(map(len, text.splitlines())) <= 100
+    assert f"{num_layers} collectives, {num_layers} barriers" in text
+    assert text.count("-> A sum or mean over tokens needs them all") == 1
+    assert ("more steps" in text) == (num_layers == 32)
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
+        if tag not in ("meta", "path", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("meta", "path", "rect"):
+            assert self.open.pop() == tag
+
+
+def test_a_notebook_shows_the_explanation_with_its_chart():
+    tags = Tags()
+    tags.feed(explain(sharded, values(9, 5), options=EAGER)._repr_html_())
+    assert tags.open == []
+    assert {"pre", "svg"} <= tags.seen
+
+
+@pytest.mark.parametrize("options", [EAGER, EAGER | {"split": "never"}], ids=["split", "not_split"])
+def test_an_explanation_is_plain_data_as_its_schema_says(options):
+    found = explain(sharded, values(9, 5), options=options).to_dict()
+    assert json.loads(json.dumps(found)) == found
+    assert found["split"] == (options is EAGER)
+    assert [faults(graph, report_schema()) for graph in found["graphs"]] == [[]]
+
+
+def test_the_measured_share_is_that_of_calls_that_were_split():
+    assert 0 <= explain(sharded, values(9, 5), options=EAGER).hidden_comm_measured <= 1
+    assert explain(sharded, values(9, 5), options=EAGER | {"min_tokens": 10}).hidden_comm_measured is None
 
 
 # -- verify ----------------------------------------------------------------------------------------
@@ -239,7 +289,7 @@ def test_a_report_counts_what_is_in_the_program():
     explain(nn.Sequential(Layer(), Layer(), Layer()).double(), values(9, 5), options=EAGER)
     report = reports()[-1]
     assert (report.split, report.reason, report.num_microbatches) == (True, "", 2)
-    assert (report.num_comm_ops, report.calls, report.calls_split, report.decline_counts) == (3, 1, 1, {})
+    assert (report.num_comm_ops, report.calls, report.calls_split, report.decline_counts) == (3, 2, 2, {})
     assert report.num_unique_segments < report.num_segments == len(report.levels.outline.segments)
     assert re.fullmatch(r"[0-9a-f]{16}", report.fingerprint)
 
@@ -258,7 +308,6 @@ def test_the_list_of_reports_is_the_callers_own():
     assert reports()
 
 
-# -- measure, dump, chart --------------------------------------------------------------------------
 
 
 class Layer(nn.Module):
@@ -268,110 +317,3 @@ class Layer(nn.Module):
 
     def forward(self, x):
         return self.down(funcol.all_reduce(self.up(x), "sum", dist.group.WORLD)) + self.shared(x)
-
-
-@pytest.fixture
-def compiled():
-    torch._dynamo.reset()
-    model = torch.compile(nn.Sequential(Layer(), Layer()).double(), backend="dbo", options=EAGER, fullgraph=True)
-    with torch.no_grad():
-        model(values(9, 5))
-        yield model
-
-
-def test_measured_has_a_timeline_for_each_call_with_every_step_in_order(compiled):
-    with measured() as timelines:
-        for n in (9, 4):
-            torch.testing.assert_close(compiled(values(n, 5)), compiled._orig_mod(values(n, 5)), rtol=0, atol=1e-12)
-    compiled(values(9, 5))
-    assert len(timelines) == 2
-    steps = [str(s) for s in reports()[-1].levels.schedule.steps]
-    for timeline in timelines:
-        played = [f"{i.segment}#{i.microbatch}" for i in timeline.intervals]
-        assert sorted(played) == sorted(steps)
-        for lane in Lane:
-            on = timeline.on(lane)
-            assert all(i.start <= i.end for i in on)
-            assert all(a.end <= b.start for a, b in pairwise(on))
-
-
-def test_measured_calls_are_those_of_the_block_also_when_one_fails(compiled):
-    with pytest.raises(ZeroDivisionError), measured() as timelines:  # ruff: ignore[pytest-raises-with-multiple-statements]
-        compiled(values(7, 5))
-        raise ZeroDivisionError
-    compiled(values(9, 5))
-    assert len(timelines) == 1
-
-
-def test_a_call_that_is_not_split_is_measured_as_well(compiled):
-    reports()[-1].engine.min_tokens = 8
-    with measured() as timelines:
-        compiled(values(7, 5))
-    assert {i.microbatch for i in timelines[0].intervals} == {None}
-
-
-def test_a_dump_is_files_that_can_be_read_on_their_own(compiled, tmp_path):
-    levels = reports()[-1].levels
-    with measured() as timelines:
-        compiled(values(9, 5))
-    files = dump(levels, tmp_path / "deep" / "dump", timelines)
-    names = [f.name for f in files]
-    codes = [f"6_code_{name}.py" for name in levels.outline.codes]
-    assert names == [
-        "1_placements.txt",
-        "2_segments.txt",
-        "3_schedule.txt",
-        "4_program.txt",
-        "5_graph.py",
-        *codes,
-        "lanes.svg",
-    ]
-    text = {f.name: f.read_text() for f in files}
-    assert text["3_schedule.txt"] == f"{levels.schedule}\n"
-    assert text["4_program.txt"] == f"{levels.program}\n"
-    assert len(text["1_placements.txt"].splitlines()) == len(levels.graph.nodes) - 1
-    assert len(text["2_segments.txt"].splitlines()) == len(levels.outline.segments)
-    for name in ("5_graph.py", *codes):
-        compile(text[name], name, "exec")
-
-
-def test_a_dump_marks_barriers_with_their_lines(tmp_path):
-    explain(sharded, values(9, 5), options=EAGER)
-    placements = dump(reports()[-1].levels, tmp_path)[0].read_text()
-    (line,) = [line for line in placements.splitlines() if "barrier:" in line]
-    assert line.startswith("mean ")
-    assert "it reduces over the token dim 0; " in line
-    assert "test_explain.py" in line
-
-
-def test_the_option_dumps_every_graph(tmp_path):
-    explain(sharded, values(9, 5), options=EAGER | {"dump": str(tmp_path)})
-    assert [p.name for p in tmp_path.rglob("*.svg")] == ["lanes.svg"]
-
-
-SVG = "{http://www.w3.org/2000/svg}"
-
-
-def test_the_chart_is_well_formed_and_has_a_bar_for_each_step(compiled):
-    levels = reports()[-1].levels
-    root = ElementTree.fromstring(svg([("predicted <b> & more", levels.timeline), ("again", levels.timeline)]))
-    titles = [t.text.split(":")[0] for t in root.iter(f"{SVG}title")]
-    assert titles == [f"{i.segment}#{i.microbatch}" for lane in Lane for i in levels.timeline.on(lane)] * 2
-    assert any(t.text.startswith("predicted <b> & more: ") for t in root.iter(f"{SVG}text"))
-    width = float(root.get("viewBox").split()[2])
-    for bar in [r for r in root.iter(f"{SVG}rect") if "step" in r.get("class", "")]:
-        assert 0 <= float(bar.get("x")) <= float(bar.get("x")) + float(bar.get("width")) <= width
-
-
-@pytest.mark.parametrize(
-    "intervals",
-    [
-        (),
-        (Interval(Lane.COMM, "a", None, 0.0, 0.0),),
-        tuple(Interval(Lane.COMPUTE, "a", m, m, m + 1.0) for m in range(11)),
-    ],
-    ids=["empty", "no_time", "many_microbatches"],
-)
-def test_the_chart_of_any_timeline_is_well_formed(intervals):
-    ElementTree.fromstring(svg([("a chart", Timeline(intervals))]))
-    ElementTree.fromstring(svg([]))

@@ -14,17 +14,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dbo_compile"
 
 FLOORS = (
-    ("errors", "config", "log"),
+    ("errors", "axes"),
+    ("config", "log", "files", "advice"),
     ("ir",),
     ("compat",),
     ("rules", "graph"),
     ("passes", "runtime"),
     ("capture", "report", "chart"),
-    ("text",),
+    ("text", "trace", "runnable", "measure", "page", "overview"),
     ("dump",),
     ("backend",),
-    ("explanation", "measure", "integrations"),
-    ("demo",),
+    ("explanation", "debugging", "integrations"),
+    ("demo", "subject", "example", "doctor"),
+    ("bench",),
     ("cli",),
     ("__init__",),
     ("__main__",),

@@ -42,8 +42,8 @@ def exchange_exact(
     Raises `ValueError` for arguments that do not fit together, `RuntimeError` for a destroyed group; both come before
     the first collective.
     """
-    num_ranks = _num_ranks(group)
-    _check_arguments(hidden, top_k_index, top_k_weights, num_experts, num_ranks)
+    num_ranks = num_ranks_of(group)
+    check_arguments(hidden, top_k_index, top_k_weights, num_experts, num_ranks)
     num_local = num_experts // num_ranks
     routes = top_k_index.reshape(-1).long()
     sent = routes.new_zeros(num_experts).scatter_add(0, routes, torch.ones_like(routes))
@@ -59,7 +59,7 @@ def exchange_exact(
     rows = _wait(_start(experts(rows, arrived_for), group, send_sizes, receive_sizes))
     place = torch.empty_like(order)
     place[order] = torch.arange(order.size(0), device=order.device)
-    return _combine(rows[place].view(*top_k_index.shape, rows.size(1)), top_k_weights, hidden.dtype)
+    return combine(rows[place].view(*top_k_index.shape, rows.size(1)), top_k_weights, hidden.dtype)
 
 
 def exchange_static(
@@ -79,8 +79,8 @@ def exchange_static(
     skip them or compute anything, nobody reads the result. Each exchange moves W * J / K times the rows that
     `exchange_exact` moves, and nothing is ever read on the host.
     """
-    num_ranks = _num_ranks(group)
-    _check_arguments(hidden, top_k_index, top_k_weights, num_experts, num_ranks)
+    num_ranks = num_ranks_of(group)
+    check_arguments(hidden, top_k_index, top_k_weights, num_experts, num_ranks)
     num_local = num_experts // num_ranks
     per_rank, one_each = min(top_k_index.size(1), num_local), [1] * num_ranks
     # The token dim stays a dim of its own beside the exchanged one, and outermost in the rows that the experts see:
@@ -95,7 +95,7 @@ def exchange_static(
     rows = rows.view(-1, num_ranks, per_rank, rows.size(1)).transpose(0, 1)
     rows = _wait(_start(rows, group, one_each, one_each)).transpose(0, 1).flatten(1, 2)
     rows = rows.gather(1, cell.unsqueeze(2).expand(-1, -1, rows.size(2)))
-    return _combine(rows, top_k_weights, hidden.dtype)
+    return combine(rows, top_k_weights, hidden.dtype)
 
 
 def _cells(top_k_index: torch.Tensor, num_local: int) -> torch.Tensor:
@@ -109,7 +109,8 @@ def _cells(top_k_index: torch.Tensor, num_local: int) -> torch.Tensor:
     return owner * top_k + slot
 
 
-def _combine(rows: torch.Tensor, top_k_weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def combine(rows: torch.Tensor, top_k_weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The result of each token: its rows [T, K, H'], weighted and added up."""
     return (rows * top_k_weights.unsqueeze(-1)).sum(1).to(dtype)
 
 
@@ -137,7 +138,7 @@ def _wait(pending: torch.Tensor) -> torch.Tensor:
     return arrived
 
 
-def _num_ranks(group: dist.ProcessGroup) -> int:
+def num_ranks_of(group: dist.ProcessGroup) -> int:
     try:
         return len(dist.get_process_group_ranks(group))
     except KeyError as e:
@@ -147,7 +148,7 @@ def _num_ranks(group: dist.ProcessGroup) -> int:
         ) from e
 
 
-def _check_arguments(
+def check_arguments(
     hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int, num_ranks: int
 ) -> None:
     if num_experts % num_ranks != 0:

@@ -1,4 +1,4 @@
-"""Expert parallelism for any Hugging Face MoE model: importing this module registers "dbo" and "dbo_static".
+"""Expert parallelism for any Hugging Face MoE model: importing this module registers "dbo", "dbo_static", "dbo_device".
 
 They are values of transformers' `ep_implementation`. Unlike its own ones they trace into one graph
 (`torch.compile(fullgraph=True)`), which is what a backend needs to play one microbatch's exchange under the compute of
@@ -22,6 +22,7 @@ from transformers.distributed.expert_parallel import (
     apply_expert_parallelism,
 )
 
+from dbo_compile.integrations.device_exchange import exchange_device
 from dbo_compile.integrations.expert_parallel import exchange_exact, exchange_static
 
 
@@ -33,7 +34,8 @@ def expert_parallel(
     Every rank calls this with the same weights, and afterwards runs the model on its own batch. `group` is a mesh of
     one dim or a process group, by default all ranks. `ep_implementation` is any name that transformers knows: "dbo" is
     `exchange_exact` (ranks may hold different numbers of tokens), "dbo_static" `exchange_static` (no host reads; the
-    same number of tokens on all ranks). The weights of the experts become plain tensors, this rank's own: a compiled
+    same number of tokens on all ranks), "dbo_device" `exchange_device` (likewise, and no more rows than routed travel;
+    needs NVSHMEM). The weights of the experts become plain tensors, this rank's own: a compiled
     graph then has no DTensor to unwrap, and a checkpoint of the model is one of this rank.
 
     To compile the model as one graph, its `experts_implementation` must be "grouped_mm" (transformers' default) or
@@ -103,8 +105,15 @@ class StaticEP(_ExchangeEP):
     exchange = staticmethod(exchange_static)
 
 
+class DeviceEP(_ExchangeEP):
+    """`ep_implementation="dbo_device"`: see `exchange_device`."""
+
+    exchange = staticmethod(exchange_device)
+
+
 EPImplementationInterface.register("dbo", ExactEP)
 EPImplementationInterface.register("dbo_static", StaticEP)
+EPImplementationInterface.register("dbo_device", DeviceEP)
 
 
 def _mesh(group: DeviceMesh | dist.ProcessGroup | None, device_type: str) -> DeviceMesh:

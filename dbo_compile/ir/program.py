@@ -13,12 +13,18 @@ Reg = str
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """The caller's arguments, there before anything runs."""
+    """The caller's arguments, there before anything runs. Behind them, (value, microbatch) for each that is given to
+    every microbatch by itself."""
 
     outs: tuple[Reg, ...]
+    given: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def regs(self) -> tuple[Reg, ...]:
+        return (*self.outs, *(f"{value}#{microbatch}" for value, microbatch in self.given))
 
     def __str__(self) -> str:
-        return f"{'':8}begin {' '.join(self.outs)}"
+        return f"{'':8}begin {' '.join(self.regs)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +141,9 @@ def reads(instr: Instr) -> tuple[Reg, ...]:
 def makes(instr: Instr) -> tuple[Reg, ...]:
     """The registers that exist from this instruction on."""
     match instr:
-        case Begin() | Rows() | Run():
+        case Begin():
+            return instr.regs
+        case Rows() | Run():
             return instr.outs
         case Slice() | Join():
             return (instr.out,)
@@ -145,11 +153,15 @@ def makes(instr: Instr) -> tuple[Reg, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """`instrs` over the `segments` that they play; `segments` are in the order of the graph."""
+    """`instrs` over the `segments` that they play; `segments` are in the order of the graph.
+
+    With `straddles`, a request may have tokens in two microbatches: the second reads what the first one writes.
+    """
 
     instrs: tuple[Instr, ...]
     segments: Mapping[str, Segment]
     num_microbatches: int
+    straddles: bool = True
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.instrs))
@@ -160,6 +172,11 @@ class Program:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that ranks must share: what is played, where, in which order."""
-        codes = "\n".join(f"{s.name} {s.lane.value} {s.code} {s.group}" for s in self.segments.values())
-        return hashlib.sha256(f"{self.num_microbatches}\n{self}\n{codes}".encode()).hexdigest()[:16]
+        """A hash of all that ranks must share: which collectives are played, in which order.
+
+        What a rank computes in between is its own affair: it may have been traced for other sizes.
+        """
+        played = [i for i in self.instrs if isinstance(i, Run) and i.lane is Lane.COMM]
+        segments = [(self.segments[run.segment], run.microbatch) for run in played]
+        lines = [f"{s.name} {microbatch} {s.group} {s.payload}" for s, microbatch in segments]
+        return hashlib.sha256("\n".join([str(self.num_microbatches), *lines]).encode()).hexdigest()[:16]

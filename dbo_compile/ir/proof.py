@@ -50,7 +50,7 @@ class _Contents:
             case Join():
                 self._join(instr)
             case Begin():
-                self.holds.update({reg: (reg, None) for reg in instr.outs})
+                self._begin(instr)
             case Rows():
                 self.holds.update(zip(instr.outs, ((n, instr.microbatch) for n in (ROWS, START)), strict=True))
             case Free():
@@ -67,6 +67,16 @@ class _Contents:
         for reg in makes(instr):
             if reg in self.holds:
                 raise InvalidProgram(f"makes {reg}, which has been made before; expected a new register")
+
+    def _begin(self, begin: Begin) -> None:
+        values = [*((reg, None) for reg in begin.outs), *begin.given]
+        self.holds.update(zip(begin.regs, values, strict=True))
+        self.split.update(value for value, _ in begin.given)
+        if strangers := [reg for reg, (_, m) in self.holds.items() if m not in (None, *self._microbatches())]:
+            raise InvalidProgram(f"is given {strangers[0]}, for no microbatch of this program")
+
+    def _microbatches(self) -> range:
+        return range(self.program.num_microbatches)
 
     def _run(self, run: Run) -> None:
         segment = self.program.segments.get(run.segment)
@@ -153,7 +163,10 @@ class _Steps:
         self._check_threaded(run)
 
     def _check_threaded(self, run: Run) -> None:
-        for region in (self.history.region[reg] for reg in run.writes):
+        segment = self.program.segments[run.segment]
+        apart = () if self.program.straddles else segment.paged  # no request is in two microbatches
+        writes = [reg for value, reg in zip(segment.writes, run.writes, strict=True) if value not in apart]
+        for region in (self.history.region[reg] for reg in writes):
             if run.microbatch is not None and region.microbatch is None:
                 last = self.wrote.get((run.segment, region.root), -1)
                 if last > run.microbatch:

@@ -23,10 +23,12 @@ class Segment:
     """A stretch of the graph that stays on one lane. Played once per microbatch, or once in all.
 
     `inputs` and `outputs` name values; `ROWS` and `START` may be among the inputs. `writes` are the inputs it changes
-    in place, `aliases` maps an output to the input whose memory it may share. `after` names segments that must have
-    been played before this one although it reads nothing of theirs (they read what it overwrites): for the same
-    microbatch if both are played per microbatch, else all of them. `group` is the process group of a collective, ""
-    elsewhere. `host` segments read device data on the host. Segments with the same `code` are the same code.
+    in place, `paged` those of them in which each request has places of its own; `aliases` maps an output to the input
+    whose memory it may share. `after` names segments that must have been played before this one although it reads
+    nothing of theirs (they read what it overwrites): for the same microbatch if both are played per microbatch, else
+    all of them. `group` is the process group of a collective and `payload` what it sends, as far as all ranks must have
+    that in common; "" elsewhere. `host` segments read device data on the host. Segments with the same `code` are the
+    same code.
     """
 
     name: str
@@ -36,8 +38,10 @@ class Segment:
     per_microbatch: bool
     code: str = ""
     group: str = ""
+    payload: str = ""
     host: bool = False
     writes: tuple[str, ...] = ()
+    paged: tuple[str, ...] = ()
     aliases: Mapping[str, str] | None = None
     after: tuple[str, ...] = ()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 import torch
@@ -66,8 +66,23 @@ class Shared:
         return "Shared"
 
 
-Placement = Split | Local | Count | Shared
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An argument of which every microbatch has a value of its own, made before the step; barriers read the whole one.
 
+    `order` is what its rows are in the order of, as of `Local`: that is how rules see it.
+    """
+
+    order: str = ""
+
+    def __str__(self) -> str:
+        return f"Given({f'order={self.order}' if self.order else ''})"
+
+
+Placement = Split | Local | Count | Shared | Given
+
+REQUESTS = "requests"
+"""The order of the requests of a microbatch: what lengths, bounds and block tables are in."""
 FRESH = "?"
 """A rule returns `Local(order=FRESH)` for rows that its op arranges anew; the analysis puts the op's name there."""
 
@@ -121,11 +136,15 @@ class Ruling:
 
     `assumes`: what splitting takes on trust, a clause that completes "splitting it assumes that ...".
     `local_positions`: the op reads its `Split(position)` arguments as row numbers inside the microbatch.
+    `paged`: what the op writes into state that all tokens share belongs to its own requests, so that microbatches that
+    have none in common may do so in any order. `whole_requests`: it is right only if they have none in common.
     """
 
     place: Placement | tuple[Placement, ...]
     assumes: str = ""
     local_positions: bool = False
+    paged: bool = False
+    whole_requests: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +153,13 @@ class TokenMap:
 
     `places` has a placement for each value (a tuple for an op with several results), `barriers` the reason for each
     op that is played once on all tokens, `obligations` what is taken on trust and by which op, `localised` the ops
-    that read positions as row numbers inside the microbatch.
+    that read positions as row numbers inside the microbatch, `paged` those that write to places of their own requests
+    only, `whole_requests` those for whose sake no request may have tokens in two microbatches.
     """
 
     places: Mapping[fx.Node, Placement | tuple[Placement, ...]]
     barriers: Mapping[fx.Node, str]
     obligations: Mapping[fx.Node, str]
     localised: Mapping[fx.Node, None]
+    paged: Mapping[fx.Node, None] = field(default_factory=dict)
+    whole_requests: Mapping[fx.Node, None] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -17,11 +18,12 @@ import torch
 from torch import fx
 
 from dbo_compile import graph as g
-from dbo_compile.errors import CannotSplit
+from dbo_compile.errors import CannotSplit, NotSplit
 from dbo_compile.ir.tokens import (
     FRESH,
     TOKENS,
     Count,
+    Given,
     Local,
     Number,
     Placement,
@@ -31,6 +33,7 @@ from dbo_compile.ir.tokens import (
     TokenMap,
     Value,
 )
+from dbo_compile.passes.given import given_numbers
 from dbo_compile.rules import rule_of
 
 aten = torch.ops.aten
@@ -39,21 +42,29 @@ CHECKS = frozenset({aten._assert_scalar.default, aten.sym_constrain_range_for_si
 
 
 def analyze(
-    graph: fx.Graph, token_dims: Mapping[fx.Node, int], symbols: Collection[sympy.Symbol], whole: Mapping[fx.Node, str]
+    graph: fx.Graph,
+    token_dims: Mapping[fx.Node, int],
+    symbols: Collection[sympy.Symbol],
+    whole: Mapping[fx.Node, str],
+    given: Mapping[fx.Node, Given] = MappingProxyType({}),
 ) -> TokenMap:
     """Place every value of `graph`.
 
     `token_dims` says which inputs carry tokens, in which dim; `symbols` are the symbols that stand for their number.
-    `whole` holds ops that are to be barriers whatever their rule says, each with the reason.
+    `whole` holds ops that are to be barriers whatever their rule says, each with the reason. `given` are the inputs of
+    which each microbatch has a value of its own; the symbols in their sizes are such numbers, too.
     """
     whole = dict(whole)
+    numbers = given_numbers(graph, given, symbols)
     while True:
-        walk = _Walk(token_dims, dict.fromkeys(symbols, TOKENS), whole)
+        walk = _Walk(token_dims, dict.fromkeys(symbols, TOKENS), whole, {**given, **numbers})
         for node in graph.nodes:
             walk.visit(node)
         arrangers = walk.arrangers()
         if not arrangers.keys() - whole.keys():
-            return TokenMap(walk.places, walk.barriers, walk.obligations, walk.localised)
+            return TokenMap(
+                walk.places, walk.barriers, walk.obligations, walk.localised, walk.paged, walk.whole_requests
+            )
         whole |= arrangers
 
 
@@ -61,15 +72,22 @@ class _Walk:
     """One walk: the tables it fills, and which rows in an order of their own turn out to be needed whole."""
 
     def __init__(
-        self, token_dims: Mapping[fx.Node, int], symbols: dict[sympy.Symbol, sympy.Symbol], whole: Mapping[fx.Node, str]
+        self,
+        token_dims: Mapping[fx.Node, int],
+        symbols: dict[sympy.Symbol, sympy.Symbol],
+        whole: Mapping[fx.Node, str],
+        given: Mapping[fx.Node, Given],
     ) -> None:
         self.token_dims = token_dims
+        self.given = given
         self.symbols = symbols
         self.whole = whole
         self.places: dict[fx.Node, Placement | tuple[Placement, ...]] = {}
         self.barriers: dict[fx.Node, str] = {}
         self.obligations: dict[fx.Node, str] = {}
         self.localised: dict[fx.Node, None] = {}
+        self.paged: dict[fx.Node, None] = {}
+        self.whole_requests: dict[fx.Node, None] = {}
         self.needed_whole: dict[fx.Node, str] = {}
         self.region = _Regions()
 
@@ -81,6 +99,7 @@ class _Walk:
             self._check_results(node)
             return
         self.region.join(node, self._local_inputs(node))
+        self._refuse_writing_what_is_given(node)
         try:
             if node in self.whole:
                 raise CannotSplit(self.whole[node])
@@ -92,6 +111,8 @@ class _Walk:
             self.needed_whole |= {n: reason for n in self._local_inputs(node)}
 
     def _input(self, node: fx.Node) -> Placement:
+        if node in self.given:
+            return self.given[node]
         if node in self.token_dims:
             return Split(self.token_dims[node])
         if g.is_symbolic_number(node):
@@ -114,7 +135,7 @@ class _Walk:
         places = [self.places[n] for n in node.all_input_nodes]
         if any(isinstance(p, Split) for p in places) and node.target is not aten.sym_size.int:
             raise CannotSplit("it reads a number out of a tensor that has rows of tokens")
-        if any(isinstance(p, Local) for p in places):
+        if any(isinstance(p, Local | Given) for p in places):
             return Local(position=True)
         val = g.value(node)
         counts = self._expr(val).has(TOKENS) if g.is_symbolic_number(node) else Count() in places
@@ -132,6 +153,10 @@ class _Walk:
             self.obligations[node] = ruling.assumes
         if ruling.local_positions:
             self.localised[node] = None
+        if ruling.paged:
+            self.paged[node] = None
+        if ruling.whole_requests:
+            self.whole_requests[node] = None
         if isinstance(ruling.place, tuple):
             return tuple(_named(p, node) for p in ruling.place)
         return _named(ruling.place, node)
@@ -144,6 +169,9 @@ class _Walk:
 
     def _argument(self, node: fx.Node) -> Any:
         val, place = g.value(node), self.places[node]
+        if isinstance(place, Given):
+            is_integer = not (isinstance(val, torch.Tensor) and val.dtype.is_floating_point)
+            place = Local(place.order, position=is_integer)
         if g.is_symbolic_number(node):
             assert not isinstance(place, tuple)
             return Number(self._expr(val), place)
@@ -151,6 +179,11 @@ class _Walk:
             assert not isinstance(place, tuple)
             return Value(tuple(self._expr(s) for s in val.shape), place, val.dtype)
         raise CannotSplit(f"{node.name} is neither a tensor nor a number")
+
+    def _refuse_writing_what_is_given(self, node: fx.Node) -> None:
+        for written in map(g.base, g.written(node)):
+            if isinstance(self.places.get(written), Given):
+                raise NotSplit(f"it writes its input {written.name} in place, of which each microbatch has its own")
 
     def _expr(self, size: Any) -> sympy.Expr:
         return g.expression(size).xreplace(self.symbols)

@@ -110,6 +110,8 @@ class Copier:
         if self.lanes is not None:
             self.new[node] = self._started(node, args, kwargs)
             return
+        if g.copies_to_host(node) and kwargs.get("non_blocking"):  # the host reads it next, to join it with others
+            kwargs = {**kwargs, "non_blocking": False}
         new = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
         if is_numbered(node, self.tokens):  # counted from the first row of the step, not of the microbatch
             new = self.graph.call_function(aten.add.Tensor, (new, self._rows_before(node)))

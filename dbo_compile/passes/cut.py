@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -86,6 +87,7 @@ class _Cutter:
             if self._is_constant(node):
                 self.constants[node] = None
         self.nodes = [n for n in g.body(graph) if self._is_played(n)]
+        self.host = _played_on_host(self.nodes)
         self.mode = {n: self._mode(n) for n in self.nodes}
         self.order_only = self._overwrites()
         self.needs = {n: self._needs(n) for n in self.nodes}
@@ -139,7 +141,7 @@ class _Cutter:
             return self._mode(node.args[0])  # type: ignore[arg-type]
         if g.is_symbolic_number(node) and not g.reads_number(node):  # a result, for all tokens
             return Mode(Kind.COMPUTE, per_microbatch=False)
-        kind = Kind.COMM if comm_op(node.target) else Kind.HOST if _is_host(node) else Kind.COMPUTE
+        kind = Kind.COMM if comm_op(node.target) else Kind.HOST if node in self.host else Kind.COMPUTE
         places = [self.tokens.places[n] for n in (node, *node.all_input_nodes)]
         return Mode(kind, node not in self.tokens.barriers and not all(isinstance(p, Shared) for p in places))
 
@@ -226,7 +228,7 @@ class _Cutter:
         """Whether something on another lane, or played once, waits for a node through nodes of its own level."""
         feeds: dict[fx.Node, bool] = {}
         for node in reversed(self.nodes):
-            ends = _is_result(node) or bool(g.written(node)) or _is_host(node)
+            ends = _is_result(node) or bool(g.written(node)) or node in self.host
             feeds[node] = ends or any(
                 self.mode[u] != self.mode[node] or (level[u] == level[node] and feeds[u]) for u in self.users[node]
             )
@@ -245,8 +247,15 @@ def is_heavy(node: fx.Node) -> bool:
     return node.op == "call_function" and (not is_own or node.target in HEAVY or "scaled_dot_product" in op)
 
 
-def _is_host(node: fx.Node) -> bool:
-    return g.reads_number(node) or node.target in CHECKS
+def _played_on_host(nodes: Sequence[fx.Node]) -> dict[fx.Node, None]:
+    """The nodes that the host plays: reads of numbers, copies of device tensors to the host (`counts.cpu()`, for which
+    it waits), and what is then done with those copies there."""
+    host: dict[fx.Node, None] = {}
+    for node in nodes:
+        on = g.is_on_host(node) and any(n in host and g.is_on_host(n) for n in node.all_input_nodes)
+        if on or g.reads_number(node) or g.copies_to_host(node) or node.target in CHECKS:
+            host[node] = None
+    return host
 
 
 def _maker(node: fx.Node) -> fx.Node:
@@ -256,7 +265,10 @@ def _maker(node: fx.Node) -> fx.Node:
     return node
 
 
-def unsplit_writes(group: Group, tokens: TokenMap) -> bool:
-    """Whether a group played per microbatch writes what all tokens share: its microbatches keep their order."""
-    targets = [n for m in group.nodes for n in g.written(m)]
+def unsplit_writes(group: Group, tokens: TokenMap, *, straddles: bool = True) -> bool:
+    """Whether a group played per microbatch writes what all tokens share: its microbatches keep their order.
+
+    Unless a request `straddles` two of them, those that write to places of their own requests only need none.
+    """
+    targets = [n for m in group.nodes if straddles or m not in tokens.paged for n in g.written(m)]
     return group.mode.per_microbatch and any(isinstance(tokens.places[n], Shared) for n in targets)

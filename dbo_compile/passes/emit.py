@@ -50,7 +50,7 @@ class _Emitter:
     def add(self, instr: Instr) -> None:
         match instr:
             case Begin():
-                for reg in instr.outs:
+                for reg in instr.regs:
                     self._set(reg, self.graph.placeholder(_name(reg)))
             case Rows():
                 self._set_all(instr.outs, self._call("rows", instr.microbatch))

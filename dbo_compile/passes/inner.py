@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 from tqdm import tqdm
 
 from dbo_compile import compat
+from dbo_compile import graph as g
 from dbo_compile.ir.tokens import TOKENS
-from dbo_compile.passes.code import Code
+from dbo_compile.passes.code import Code, Numbers
 from dbo_compile.passes.cut import Kind
 
 
@@ -56,3 +58,27 @@ def _inductor(code: Code, hints: Mapping[sympy.Symbol, int]) -> Compiled:
     own = fx.GraphModule(code.module, copy.deepcopy(code.module.graph))  # constants are shared: they cannot be copied
     fn = compat.segment_inductor(own, inputs, shapes)
     return Compiled(fn, tuple(g for g in shapes.guards() if g.has(TOKENS)))
+
+
+def compile_whole(
+    gm: fx.GraphModule, token_symbols: Sequence[sympy.Symbol], hints: Mapping[sympy.Symbol, int]
+) -> Compiled:
+    """The graph as it was traced, compiled in one piece, as the user would have it without us.
+
+    `hints` has the value of `TOKENS`, which stands for each of `token_symbols`, and of every other symbol.
+    """
+    numbers = Numbers(gm.graph, token_symbols)
+    shapes = compat.SegmentShapes(hints, [])
+    placeholders = g.inputs(gm.graph)
+    inputs = [
+        shapes.number(numbers.expr(val)) if g.is_symbolic_number(node) else _fake(shapes, numbers, val)
+        for node, val in zip(placeholders, map(g.value, placeholders), strict=True)
+    ]
+    own = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    fn = compat.segment_inductor(own, inputs, shapes)
+    return Compiled(fn, tuple(guard for guard in shapes.guards() if guard.has(TOKENS)))
+
+
+def _fake(shapes: compat.SegmentShapes, numbers: Numbers, val: torch.Tensor) -> torch.Tensor:
+    sizes, strides = ([numbers.expr(d) for d in dims] for dims in (val.shape, val.stride()))
+    return shapes.tensor(sizes, strides, val)

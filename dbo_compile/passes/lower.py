@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dbo_compile.errors import InvalidSchedule
 from dbo_compile.ir.program import Begin, End, Instr, Join, Reg, Rows, Run, Slice, makes
 from dbo_compile.ir.schedule import ROWS, START, Lane, Schedule, Segment
-from dbo_compile.ir.tokens import Placement, Shared, Split
+from dbo_compile.ir.tokens import Given, Placement, Shared, Split
 
 
 def lower(
@@ -21,9 +21,12 @@ def lower(
 
     The register of value `x` is `x` for all tokens, `x#1` for microbatch 1. With one microbatch nothing is split: all
     registers are for all tokens. Raises `InvalidSchedule` where a value would have to be split or joined that cannot.
+    Arguments that are `Given` are read for all tokens and for each microbatch alike.
     """
+    n = schedule.num_microbatches
+    given = [(v, m) for v in inputs if isinstance(places[v], Given) for m in range(n) if n > 1]
     lowering = _Lowering(schedule, places)
-    lowering.add(Begin(tuple(inputs)))
+    lowering.add(Begin(tuple(inputs), tuple(given)))
     lowering.slice_ahead(inputs)
     for step in schedule.steps:
         lowering.play(schedule.segments[step.segment], step.microbatch if schedule.num_microbatches > 1 else None)
@@ -77,7 +80,7 @@ class _Lowering:
         match self.places[value], value in self.per_microbatch, microbatch:
             case (_, False, None) | (Shared(), False, _):
                 return value
-            case _, True, int(m):
+            case (_, True, int(m)) | (Given(), _, int(m)):
                 return f"{value}#{m}"
             case Shared(), True, None:  # state that all microbatches have written, the last one last
                 return f"{value}#{self.num_microbatches - 1}"

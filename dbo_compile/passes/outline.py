@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from dbo_compile import graph as g
@@ -83,7 +84,9 @@ class _CodeWriter:
     def segment(self, name: str) -> Segment:
         collectives = [(n, op) for n in self.group.nodes if (op := comm_op(n.target))]
         group_args = [n.args[op.group_arg] for n, op in collectives if op.group_arg is not None]
-        written = [self._base(t) for n in self.group.nodes for t in g.written(n)]
+        writers = {n: [self._base(t) for t in g.written(n)] for n in self.group.nodes}
+        written = dict.fromkeys(t for targets in writers.values() for t in targets)
+        for_all = {t for n, targets in writers.items() if n not in self.tokens.paged for t in targets}
         return Segment(
             name=name,
             lane=Lane.COMM if self.group.mode.kind is Kind.COMM else Lane.COMPUTE,
@@ -91,8 +94,10 @@ class _CodeWriter:
             outputs=tuple(n.name for n in self.results),
             per_microbatch=self.group.mode.per_microbatch,
             group=str(group_args[0]) if group_args else "",
+            payload="; ".join(f"{n.target} {_common(g.value(n))}" for n, _ in collectives),
             host=self.group.mode.kind is Kind.HOST,
-            writes=tuple(dict.fromkeys(n.name for n in written if n in self.tensors)),
+            writes=tuple(n.name for n in written if n in self.tensors),
+            paged=tuple(n.name for n in written if n in self.tensors and n not in for_all),
             aliases={n.name: b.name for n in self.results if (b := self._base(n)) in self.tensors},
         )
 
@@ -161,6 +166,12 @@ class _CodeWriter:
         while node not in self.tensors and (bases := g.viewed(node)):
             node = bases[0]
         return node
+
+
+def _common(val: Any) -> str:
+    """What every rank has in common of a value: its type, and the sizes that do not depend on the step."""
+    vals = [v for v in (val if isinstance(val, tuple | list) else [val]) if isinstance(v, torch.Tensor)]
+    return ", ".join(f"{v.dtype}[{', '.join(str(s) if isinstance(s, int) else '*' for s in v.shape)}]" for v in vals)
 
 
 def _canonical(

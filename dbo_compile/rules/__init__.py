@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from dbo_compile.rules import attention, comm, contract, create, index, pieces, pointwise, reduce, scatter, sort, view
+from dbo_compile.rules import (
+    attention,
+    comm,
+    contract,
+    create,
+    index,
+    pieces,
+    pointwise,
+    reduce,
+    requests,
+    scatter,
+    sort,
+    view,
+)
 from dbo_compile.rules.registry import RULES, rule, rule_of
 
 __all__ = [
@@ -15,6 +28,7 @@ __all__ = [
     "pieces",
     "pointwise",
     "reduce",
+    "requests",
     "rule",
     "rule_of",
     "scatter",

@@ -7,10 +7,12 @@ from the wishes is in `plan`; who does not come, `rollcall` finds out.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.distributed.distributed_c10d import AllreduceOptions, ProcessGroup, ProcessGroupGloo, Work
@@ -22,6 +24,8 @@ from dbo_compile.runtime.rollcall import GRACE_SECONDS, Roll, RollCall
 PATIENCE_SECONDS = 0.5
 """How long an all-reduce may take before this rank calls the roll: a step in time never touches the store."""
 POLL_SECONDS = 0.1
+BUSY_SECONDS = 900.0
+"""How long a rank that gives signs of life, because it compiles, is waited for."""
 CPU = torch.device("cpu")
 
 
@@ -39,11 +43,24 @@ class _Started:
     work: Work | None
 
 
+_agreements: WeakKeyDictionary[ProcessGroup, dict[tuple[float, torch.device], Agreement]] = WeakKeyDictionary()
+
+
+def agreement_over(group: ProcessGroup | None, timeout_s: float, device: torch.device = CPU) -> Agreement:
+    """The agreement of this process over `group`: one for all that is played over it."""
+    if group is None:
+        return Agreement(None, timeout_s=timeout_s)
+    made = _agreements.setdefault(group, {})
+    if (timeout_s, device) not in made:
+        made[timeout_s, device] = Agreement(group, timeout_s=timeout_s, device=device)
+    return made[timeout_s, device]
+
+
 class Agreement:
     """Where the ranks of a group meet before each step; with no group, or a group of one, each wish makes the plan.
 
-    Ranks make their agreements over a group in the same order; to make one waits for `connect_timeout_s`, since other
-    ranks may still be compiling. On the CPU it has connections of its own, and so never mixes with what else is sent
+    Ranks make their agreements over a group in the same order; to make one waits ten times as long (or for
+    `connect_timeout_s`), since other ranks may still be loading. On the CPU it has connections of its own, and so never mixes with what else is sent
     over the group. On another `device` it uses those of the group, and between `agree_ahead` and `agree` every rank
     must send the same over them. Ranks are numbered as in the group. After a `RankLost` it is of no use any more.
     """
@@ -51,29 +68,30 @@ class Agreement:
     def __init__(
         self,
         group: ProcessGroup | None,
-        limits: Limits,
         *,
         timeout_s: float,
-        connect_timeout_s: float = 1800.0,
+        connect_timeout_s: float | None = None,
         device: torch.device = CPU,
     ) -> None:
-        self.limits = limits
+        self.rank = 0 if group is None else group.rank()
+        self.size = 1 if group is None else group.size()
+        self.num_steps = 0
         self._timeout_s = timeout_s
-        self._num_steps = 0
         self._ahead: _Started | None = None
         self._lost = ""
-        self._rank = 0 if group is None else group.rank()
         self._link: Link | None = None
         self._stream = None if device.type == "cpu" else torch.Stream(device)
-        if group is None or group.size() == 1:
+        if group is None or self.size == 1:
             return
-        self._roll = Roll(group.get_group_store(), self._rank, group.size())
-        self._link = group if self._stream is not None else _connected(self._roll, connect_timeout_s)
+        self._roll = Roll(group.get_group_store(), self.rank, self.size)
+        connect_s = connect_timeout_s or 10 * timeout_s
+        self._shared = _connected(self._roll, "share", connect_s)
+        self._link = _connected(self._roll, "agree", connect_s) if self._stream is None else group
         self._met_at = time.monotonic()
         with torch.inference_mode(False), self._on_stream():  # no inference tensor: those are not written outside
-            self._matrix = torch.zeros(NUM_ROWS, group.size(), dtype=torch.int64, device=device)
+            self._matrix = torch.zeros(NUM_ROWS, self.size, dtype=torch.int64, device=device)
 
-    def agree(self, wish: Wish) -> BatchPlan:
+    def agree(self, wish: Wish, limits: Limits) -> BatchPlan:
         """Wait until every rank has come to this step. Raises `Disagreement` or `RankLost`, the same on every rank.
 
         After `agree_ahead`, `wish` must be what was announced, since the others already act on it. If it is not, this
@@ -83,60 +101,100 @@ class Agreement:
         self._ahead = None
         wishes = self._finish(started)
         if wish != started.wish:
-            self._refuse(f"rank {self._rank} announced {started.wish}, but came with {wish}")
-        return decide(wishes, self.limits)
+            self._refuse(f"rank {self.rank} announced {started.wish}, but came with {wish}")
+        return decide(wishes, limits)
+
+    def meet(self, wish: Wish) -> None:
+        """Come to a step without playing it; the others raise what `decide` makes of that."""
+        self._finish(self._ahead or self._start(wish))
+        self._ahead = None
 
     def agree_ahead(self, wish: Wish) -> None:
         """Announce the wish of the next step while this one is played; the next `agree` then hardly has to wait."""
         if self._ahead is not None:
-            self._refuse(f"rank {self._rank} announced {wish} before it came to play {self._ahead.wish}")
+            self._refuse(f"rank {self.rank} announced {wish} before it came to play {self._ahead.wish}")
         self._ahead = self._start(wish)
+
+    @property
+    def announced(self) -> Wish | None:
+        """The wish of the next step, if the others were told it ahead."""
+        return self._ahead.wish if self._ahead else None
+
+    def share(self, values: Sequence[int]) -> list[tuple[int, ...]]:
+        """The values of every rank, by rank; each rank gives as many, at the same place of its program.
+
+        Raises `RankLost`.
+        """
+        if self._link is None:
+            return [tuple(values)]
+        self._refuse_if_lost()
+        with torch.inference_mode(False):
+            matrix = torch.zeros(len(values), self.size, dtype=torch.int64)
+            matrix[:, self.rank] = torch.tensor(list(values), dtype=torch.int64)
+        work = self._shared.allreduce([matrix], _options())
+        self._wait(work, f"agree in step {self.num_steps}", on_device=False)
+        return list(zip(*matrix.tolist(), strict=True))
+
+    def busy(self) -> AbstractContextManager[None]:
+        """While it lasts, this rank gives signs of life: it compiles."""
+        return nullcontext() if self._link is None else self._roll.living()
+
+    def wait_for(self, work: Work, what: str) -> None:
+        """Wait for a collective of the step. Raises `RankLost` if some rank does not come to it."""
+        if self._link is None:
+            work.wait()
+            return
+        self._wait(work, f"finish {what} of step {self.num_steps}", on_device=False)
 
     def leave(self, why: str) -> None:
         """Tell the others that this rank comes no more, so that they need not wait for `timeout_s` to know."""
-        words = f"rank {self._rank} left: {why}"
+        words = f"rank {self.rank} left: {why}"
         self._lost = words if self._link is None else self._roll.promptly(lambda: self._roll.publish(words)) or words
 
     def _refuse(self, why: str) -> NoReturn:
         self.leave(why)
         raise Disagreement(why)
 
-    def _on_stream(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._stream is None else self._stream
-
-    def _start(self, wish: Wish) -> _Started:
+    def _refuse_if_lost(self) -> None:
         # Only a rank that was away for long can find that the others gave it up: else a look would cost every step.
         if self._link is not None and time.monotonic() - self._met_at > 0.9 * self._timeout_s:
             self._lost = self._lost or self._roll.promptly(self._roll.verdict)
         if self._lost:
             raise RankLost(self._lost)
-        self._num_steps += 1
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else self._stream
+
+    def _start(self, wish: Wish) -> _Started:
+        self._refuse_if_lost()
+        self.num_steps += 1
         if self._link is None:
             return _Started(wish, None)
-        options = AllreduceOptions()
-        options.timeout = timedelta(seconds=self._timeout_s + GRACE_SECONDS)
         column = torch.tensor(wish.packed(), dtype=torch.int64, device=CPU)
         with self._on_stream():
-            self._matrix.zero_()[:, self._rank] = column.to(self._matrix.device)
-            return _Started(wish, self._link.allreduce([self._matrix], options))
+            self._matrix.zero_()[:, self.rank] = column.to(self._matrix.device)
+            return _Started(wish, self._link.allreduce([self._matrix], _options()))
 
     def _finish(self, started: _Started) -> list[Wish]:
         if started.work is None:
             return [started.wish]
-        self._wait(started.work)
-        self._met_at = time.monotonic()
+        self._wait(started.work, f"agree on step {self.num_steps}", on_device=self._stream is not None)
         with self._on_stream():
             return [Wish.unpacked(column) for column in zip(*self._matrix.tolist(), strict=True)]
 
-    def _wait(self, work: Work) -> None:
+    def _wait(self, work: Work, what: str, *, on_device: bool) -> None:
         """Wait for the other ranks, and after a while call the roll too. Raises `RankLost` with its verdict."""
-        what = f"agree on step {self._num_steps}"
-        call = RollCall(self._roll, self._num_steps, what, time.monotonic() + self._timeout_s)
+        if self._lost:
+            raise RankLost(self._lost)
+        now = time.monotonic()
+        call = RollCall(self._roll, self.num_steps, what, now + self._timeout_s, now + BUSY_SECONDS)
         seconds = min(PATIENCE_SECONDS, self._timeout_s / 2)
         while not call.is_over:
             try:
-                if self._is_done(work, seconds):
-                    return call.end()
+                if self._is_done_on_device(work, seconds) if on_device else _is_done(work, seconds):
+                    call.end()
+                    self._met_at = time.monotonic()
+                    return
             except RuntimeError as error:
                 call.fail(str(error).splitlines()[0])
                 break
@@ -145,27 +203,36 @@ class Agreement:
         self._lost = call.verdict()
         raise RankLost(self._lost)
 
-    def _is_done(self, work: Work, seconds: float) -> bool:
-        """Whether the all-reduce ended within `seconds`; raises what made it fail."""
-        if self._stream is None:
-            try:
-                return work.wait(timedelta(seconds=seconds))
-            except RuntimeError:
-                return work.is_completed() and work.wait()  # the second one raises if the work has failed
+    def _is_done_on_device(self, work: Work, seconds: float) -> bool:
         until = time.monotonic() + seconds
         while not work.is_completed():
             if time.monotonic() > until:
                 return False
             time.sleep(0)
-        with self._stream:
+        with self._on_stream():
             return work.wait()
 
 
-def _connected(roll: Roll, timeout_s: float) -> Link:
-    call = RollCall(roll, 0, "connect", time.monotonic() + timeout_s)
+def _is_done(work: Work, seconds: float) -> bool:
+    """Whether a collective ended within `seconds`; raises what made it fail."""
+    try:
+        return work.wait(timedelta(seconds=seconds))
+    except RuntimeError:
+        return work.is_completed() and work.wait()  # the second one raises if the work has failed
+
+
+def _options() -> AllreduceOptions:
+    options = AllreduceOptions()
+    options.timeout = timedelta(seconds=BUSY_SECONDS + GRACE_SECONDS)
+    return options
+
+
+def _connected(roll: Roll, what: str, timeout_s: float) -> Link:
+    deadline = time.monotonic() + timeout_s
+    call = RollCall(roll, 0, "connect", deadline, deadline)
     call.begin()
     try:
-        link = ProcessGroupGloo(roll.store_for("link"), roll.rank, roll.num_ranks, timedelta(seconds=timeout_s))
+        link = ProcessGroupGloo(roll.store_for(what), roll.rank, roll.num_ranks, timedelta(seconds=timeout_s))
     except RuntimeError as error:
         call.fail(str(error).splitlines()[0])
         raise RankLost(call.verdict()) from error

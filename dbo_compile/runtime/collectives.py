@@ -1,4 +1,4 @@
-"""Functional collectives, started without waiting: the comm lane of devices whose process group works on its own."""
+"""Functional collectives, started without waiting where the process group works on its own, or played on a stream."""
 
 from __future__ import annotations
 
@@ -43,35 +43,52 @@ def start(op: Any, *args: Any, **kwargs: Any) -> Pending:
     return Pending(result, None)
 
 
-def _all_to_all(x: torch.Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: Any) -> Pending:
+def play(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """The result of the op on the current stream of its device, without waiting for it on the host.
+
+    A process group of streams then launches on that stream and on none of its own (`async_op=False`).
+    """
+    if starter := STARTERS.get(op):
+        return starter(*args, async_op=False, **kwargs).result
+    return start(op, *args, **kwargs).result
+
+
+def _all_to_all(
+    x: torch.Tensor,
+    output_splits: Sequence[int],
+    input_splits: Sequence[int],
+    group: Any,
+    *,
+    async_op: bool = True,
+) -> Pending:
     pg = process_group(group)
     num_rows = sum(output_splits) if output_splits else x.shape[0]
     out = x.new_empty((num_rows, *x.shape[1:]))
     work = dist.all_to_all_single(
-        out, x.contiguous(), list(output_splits) or None, list(input_splits) or None, group=pg, async_op=True
+        out, x.contiguous(), list(output_splits) or None, list(input_splits) or None, group=pg, async_op=async_op
     )
     return Pending(out, work)
 
 
-def _all_reduce(x: torch.Tensor, reduce_op: str, group: Any) -> Pending:
+def _all_reduce(x: torch.Tensor, reduce_op: str, group: Any, *, async_op: bool = True) -> Pending:
     out = x.clone(memory_format=torch.contiguous_format)
-    return Pending(out, dist.all_reduce(out, REDUCE_OPS[reduce_op.lower()], process_group(group), async_op=True))
+    return Pending(out, dist.all_reduce(out, REDUCE_OPS[reduce_op.lower()], process_group(group), async_op=async_op))
 
 
-def _all_reduce_in_place(x: torch.Tensor, reduce_op: str, group: Any) -> Pending:
-    return Pending(x, dist.all_reduce(x, REDUCE_OPS[reduce_op.lower()], process_group(group), async_op=True))
+def _all_reduce_in_place(x: torch.Tensor, reduce_op: str, group: Any, *, async_op: bool = True) -> Pending:
+    return Pending(x, dist.all_reduce(x, REDUCE_OPS[reduce_op.lower()], process_group(group), async_op=async_op))
 
 
-def _all_gather(x: torch.Tensor, group_size: int, group: Any) -> Pending:
+def _all_gather(x: torch.Tensor, group_size: int, group: Any, *, async_op: bool = True) -> Pending:
     out = x.new_empty((x.shape[0] * group_size, *x.shape[1:]))
-    work = dist.all_gather_into_tensor(out, x.contiguous(), process_group(group), async_op=True)
+    work = dist.all_gather_into_tensor(out, x.contiguous(), process_group(group), async_op=async_op)
     return Pending(out, work)
 
 
-def _reduce_scatter(x: torch.Tensor, reduce_op: str, group_size: int, group: Any) -> Pending:
+def _reduce_scatter(x: torch.Tensor, reduce_op: str, group_size: int, group: Any, *, async_op: bool = True) -> Pending:
     out = x.new_empty((x.shape[0] // group_size, *x.shape[1:]))
     work = dist.reduce_scatter_tensor(
-        out, x.contiguous(), REDUCE_OPS[reduce_op.lower()], process_group(group), async_op=True
+        out, x.contiguous(), REDUCE_OPS[reduce_op.lower()], process_group(group), async_op=async_op
     )
     return Pending(out, work)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, Protocol, Self
 
 import torch
+from torch.distributed import Work
 
 from dbo_compile.runtime.collectives import Pending, start
+
+WaitFor = Callable[[Work, str], None]
+"""Waits for a collective, and raises if it does not end; the text says which one it is."""
 
 
 class Lanes(Protocol):
@@ -72,12 +76,15 @@ class WorkLanes(RowLanes):
     """The comm lane is the process group's own asynchronous work, the compute lane the calling thread.
 
     Collectives start in the order of the program; waiting for an event finishes all that were started before it was
-    recorded, as on a stream. On the way out of `with`, also by an exception, no collective is left half done.
+    recorded, as on a stream. On the way out of `with`, also by an exception, no collective is left half done that the
+    other ranks still come to; `wait_for` says how long that is waited for.
     """
 
-    def __init__(self, rows: Sequence[int]) -> None:
+    def __init__(self, rows: Sequence[int], wait_for: WaitFor | None = None) -> None:
         super().__init__(rows)
+        self.wait_for = wait_for
         self.started: list[Pending] = []
+        self.names: list[str] = []
         self.num_finished = 0
         self.events: dict[str, int] = {}
 
@@ -110,6 +117,7 @@ class WorkLanes(RowLanes):
         self._finish_until(max(waited_for, default=-1) + 1)
         pending = start(op, *args, **kwargs)
         self.started.append(pending)
+        self.names.append(str(op))
         return pending.result
 
     def finish(self) -> None:
@@ -126,4 +134,8 @@ class WorkLanes(RowLanes):
     def _finish_until(self, end: int) -> None:
         while self.num_finished < end:
             self.num_finished += 1
-            self.started[self.num_finished - 1].wait()
+            pending = self.started[self.num_finished - 1]
+            if pending.work is not None and self.wait_for is not None:
+                self.wait_for(pending.work, self.names[self.num_finished - 1])
+            else:
+                pending.wait()

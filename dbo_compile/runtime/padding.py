@@ -43,7 +43,7 @@ class Buckets:
         if self.pad_to is None or num_tokens == 0:
             return num_tokens
         if isinstance(self.pad_to, str):
-            return _coarse(num_tokens)
+            return coarse(num_tokens)
         for size in self.pad_to:
             if size >= num_tokens:
                 return size
@@ -53,7 +53,7 @@ class Buckets:
         )
 
 
-def _coarse(num_tokens: int) -> int:
+def coarse(num_tokens: int) -> int:
     """Rounded up to four significant bits: less than 12.5 % of padding, eight sizes in each doubling.
 
     From 64 on these are multiples of 8, on which matrix multiplications are fast.
@@ -97,6 +97,11 @@ class Padding:
             for name, x in self._tensors(inputs).items()
         }
         return {**inputs, **padded}
+
+    def empty(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The same inputs without tokens."""
+        none = {name: x.narrow(self.token_dims[name], 0, 0) for name, x in self._tensors(inputs).items()}
+        return {**inputs, **{name: x.new_empty(x.shape) for name, x in none.items()}}
 
     def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The token inputs; an optional one may be missing, or None."""
@@ -169,3 +174,9 @@ def can_hold(dtype: torch.dtype, value: Number) -> bool:
     if abs(value) == math.inf:
         return bool(torch.tensor(value).to(dtype).to(torch.complex128).isinf())  # some types of 8 bits have none
     return value != value or abs(value) <= torch.finfo(dtype).max
+
+
+def is_decode(token_inputs: Iterable[tuple[torch.Tensor, int]]) -> bool:
+    """Whether a step brings one token a sequence: `[batch, 1]` ids or positions. Flat tokens do not tell."""
+    ids = [(x, dim) for x, dim in token_inputs if x.ndim == 2 and not x.is_floating_point()]  # noqa: PLR2004
+    return bool(ids) and all(x.shape[1 - dim % 2] == 1 for x, dim in ids)

@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from enum import Enum
 from typing import Self
 
 from dbo_compile.errors import Disagreement
+
+
+NOT_SPLIT = "0" * 16
+"""The program of a rank whose graph is not split. It fits every other: the whole graph is what all of them do."""
 
 
 class Phase(Enum):
@@ -25,17 +29,21 @@ class Phase(Enum):
 class Wish:
     """What one rank brings to a step, and wants of it. A rank without tokens is idle: it has no say, but joins.
 
-    `padded_tokens` is the bucket of `num_tokens`. `program` and `config` are fingerprints, 16 hexadecimal digits each.
-    `decode` says that the rank's requests bring one token each.
+    `padded_tokens` is the bucket of `num_tokens`; `num_elements` is the size of its first token input, padded: what
+    tells sequences of 4,000 tokens from as many of 4. `program` and `config` are fingerprints, 16 hexadecimal digits
+    each; a rank whose graph is not split has the program `NOT_SPLIT`. `decode` says that the rank's requests bring one
+    token each. A rank whose inputs are wrong comes all the same, with a wish that is not valid.
     """
 
     num_tokens: int
     padded_tokens: int
+    num_elements: int
     wants_split: bool
     wants_gate: bool
     decode: bool
     program: str
     config: str
+    is_valid: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_tokens <= self.padded_tokens:
@@ -43,15 +51,20 @@ class Wish:
 
     @classmethod
     def idle(cls, program: str, config: str) -> Self:
-        return cls(0, 0, False, False, False, program, config)
+        return cls(0, 0, 0, False, False, False, program, config)
+
+    @classmethod
+    def wrong(cls, program: str, config: str) -> Self:
+        return replace(cls.idle(program, config), is_valid=False)
 
     def packed(self) -> tuple[int, ...]:
-        return (*astuple(self)[:-2], _to_int64(self.program), _to_int64(self.config))
+        *numbers, program, config, is_valid = astuple(self)
+        return (*numbers, _to_int64(program), _to_int64(config), is_valid)
 
     @classmethod
     def unpacked(cls, column: Sequence[int]) -> Self:
-        tokens, padded, split, gate, decode, program, config = column
-        return cls(tokens, padded, bool(split), bool(gate), bool(decode), _to_hex(program), _to_hex(config))
+        *sizes, split, gate, decode, program, config, valid = column
+        return cls(*sizes, bool(split), bool(gate), bool(decode), _to_hex(program), _to_hex(config), bool(valid))
 
 
 NUM_ROWS = len(Wish.__slots__)
@@ -81,6 +94,7 @@ class BatchPlan:
 
     num_tokens: tuple[int, ...]
     padded_tokens: int
+    num_elements: int
     num_microbatches: int
     gate: bool
     phase: Phase
@@ -106,35 +120,42 @@ def decide(wishes: Sequence[Wish], limits: Limits) -> BatchPlan:
     * One rank that wants the gate is enough: gates are about safety, a rank that was idle at the first real step has
       still to see one, and waiting until all want it at once could mean never. No gate without a split to judge.
     """
-    _check_same("program", {rank: wish.program for rank, wish in enumerate(wishes)})
-    _check_same("config", {rank: wish.config for rank, wish in enumerate(wishes)})
+    check_same("program", {rank: wish.program for rank, wish in enumerate(wishes) if wish.program != NOT_SPLIT})
+    check_same("config", {rank: wish.config for rank, wish in enumerate(wishes)})
+    if wrong := [rank for rank, wish in enumerate(wishes) if not wish.is_valid]:
+        raise Disagreement(f"{listed(wrong)} came to this step with wrong inputs; the error there says what is wrong")
     num_tokens = tuple(wish.num_tokens for wish in wishes)
     busy = {rank: wish for rank, wish in enumerate(wishes) if wish.num_tokens}
     if not busy:
-        return BatchPlan(num_tokens, 0, 0, gate=False, phase=Phase.IDLE, reason="no rank has tokens")
+        return BatchPlan(num_tokens, 0, 0, 0, gate=False, phase=Phase.IDLE, reason="no rank has tokens")
     padded = max(wish.padded_tokens for wish in busy.values())
     phase = Phase.DECODE if all(wish.decode for wish in busy.values()) else Phase.PREFILL
     reason = _why_not_split(busy, padded, phase, limits)
     gate = not reason and any(wish.wants_gate for wish in busy.values())
-    return BatchPlan(num_tokens, padded, 1 if reason else limits.num_microbatches, gate, phase, reason)
+    num_elements = max(wish.num_elements for wish in busy.values())
+    return BatchPlan(num_tokens, padded, num_elements, 1 if reason else limits.num_microbatches, gate, phase, reason)
 
 
 def _why_not_split(busy: Mapping[int, Wish], padded: int, phase: Phase, limits: Limits) -> str:
     n, least = limits.num_microbatches, limits.least_rows
     if n == 1:
         return "num_microbatches=1"
+    if whole := [rank for rank, wish in busy.items() if wish.program == NOT_SPLIT]:
+        return f"the graph of {listed(whole)} is not split"
     if unwilling := [rank for rank, wish in busy.items() if not wish.wants_split]:
         return f"{listed(unwilling)} declined"
     threshold = limits.min_decode_tokens if phase is Phase.DECODE else limits.min_prefill_tokens
     smallest = min(busy, key=lambda rank: busy[rank].num_tokens)
     if (fewest := busy[smallest].num_tokens) < threshold:
-        return f"rank {smallest} has {fewest} tokens, and a {phase.value} is split from {threshold} tokens on"
+        whose = f"rank {smallest} has {fewest} tokens" if len(busy) > 1 else f"it has {fewest} tokens"
+        return f"{whose}, and a {phase.value} is split from {threshold} tokens on"
     if padded < n * least:
         return f"{padded} tokens do not make {n} microbatches of at least {least}"
     return ""
 
 
-def _check_same(what: str, fingerprints: Mapping[int, str]) -> None:
+def check_same(what: str, fingerprints: Mapping[int, str]) -> None:
+    """Raise `Disagreement` if not all ranks have the same."""
     ranks: dict[str, list[int]] = {}
     for rank, fingerprint in fingerprints.items():
         ranks.setdefault(fingerprint, []).append(rank)

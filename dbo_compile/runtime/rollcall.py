@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from itertools import count
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
@@ -38,14 +40,31 @@ class Roll:
         return PrefixStore(f"{self._keys}/{what}", self._store)
 
     def sign(self, step: int, beat: int) -> None:
-        """Say that this rank is alive and waits in `step`."""
+        """Say that this rank is alive and has come to `step`."""
         self._store.set(f"{self._keys}/{self.rank}", f"{step} {beat}")
 
-    def signs(self, step: int) -> dict[int, str]:
-        """The newest sign of life of every other rank that has come to `step`."""
+    def signs(self) -> dict[int, str]:
+        """The newest sign of life of every other rank that gave one: its step, and a number that grows."""
         others = [rank for rank in range(self.num_ranks) if rank != self.rank]
         found = {rank: self._read(str(rank)) for rank in others}
-        return {rank: sign for rank, sign in found.items() if sign and int(sign.split()[0]) >= step}
+        return {rank: sign for rank, sign in found.items() if sign}
+
+    @contextmanager
+    def living(self) -> Generator[None]:
+        """Give signs of life for as long as it lasts, although this rank has come to no step."""
+        ended = threading.Event()
+
+        def live() -> None:
+            for beat in count():
+                self.sign(-1, beat)
+                if ended.wait(BEAT_SECONDS):
+                    return
+
+        threading.Thread(target=_quietly, args=(live,), daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
 
     def verdict(self) -> str:
         return self._read("verdict")
@@ -71,14 +90,16 @@ class RollCall:
     """Gives signs of life while a rank waits in a step, and names the ranks that give none.
 
     It judges at `deadline`, a time of `time.monotonic`, or sooner: after `fail`, as soon as one rank only can have
-    caused it. A rank that came and then fell silent counts as not come.
+    caused it. A rank that came and then fell silent counts as not come. One that has not come but lives is waited for
+    until `last_deadline`.
     """
 
-    def __init__(self, roll: Roll, step: int, what: str, deadline: float) -> None:
+    def __init__(self, roll: Roll, step: int, what: str, deadline: float, last_deadline: float) -> None:
         self._roll = roll
         self._step = step
         self._what = what
         self._deadline = deadline
+        self._last_deadline = last_deadline
         self._since = time.monotonic()
         self._num_beats = 0
         self._verdict = ""
@@ -123,20 +144,24 @@ class RollCall:
     def _judge(self) -> str:
         if not self._failure and time.monotonic() < self._deadline:
             return ""
-        missing = self._missing()
-        if len(missing) == 1 or time.monotonic() >= self._deadline:
+        missing, alive = self._missing()
+        if not self._failure and missing and missing == alive and time.monotonic() < self._last_deadline:
+            self._deadline = min(self._last_deadline, time.monotonic() + WATCH_SECONDS)
+        elif len(missing) == 1 or time.monotonic() >= self._deadline:
             return self._roll.publish(self._words(missing))
         return ""
 
-    def _missing(self) -> list[int]:
-        """The ranks that did not come to the step, or show no life any more."""
-        before = self._roll.signs(self._step)
+    def _missing(self) -> tuple[list[int], list[int]]:
+        """The ranks that did not come to the step, or show no life any more; and those of them that live."""
+        before = self._roll.signs()
         until = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < until and not self._ended.wait(BEAT_SECONDS):
             self._beat()
-        after = self._roll.signs(self._step)
+        after = self._roll.signs()
         others = [rank for rank in range(self._roll.num_ranks) if rank != self._roll.rank]
-        return [rank for rank in others if rank not in after or after[rank] == before.get(rank)]
+        lives = {rank: rank in after and after[rank] != before.get(rank) for rank in others}
+        missing = [rank for rank in others if not lives[rank] or _step_of(after[rank]) < self._step]
+        return missing, [rank for rank in missing if lives[rank]]
 
     def _words(self, missing: Sequence[int]) -> str:
         waited = f"within {time.monotonic() - self._since:.1f} s"
@@ -144,6 +169,10 @@ class RollCall:
         if missing:
             return f"{listed(missing)} did not {self._what} {waited}{why}"
         return f"all ranks are there, but did not {self._what} {waited}{why}"
+
+
+def _step_of(sign: str) -> int:
+    return int(sign.split()[0])
 
 
 def _quietly(run: Callable[[], object]) -> None:

@@ -34,7 +34,7 @@ IDLE = Wish.idle(PROGRAM, CONFIG)
 
 def wish(num_tokens, padded=None, *, split=True, gate=False, decode=False, program=PROGRAM, config=CONFIG):
     padded = num_tokens if padded is None else padded
-    return Wish(num_tokens, padded, split, gate, decode, program, config)
+    return Wish(num_tokens, padded, 3 * padded, split, gate, decode, program, config)
 
 
 # -- the rules --------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_the_plan_of_these_wishes(wishes, plan):
 
 
 def test_all_idle_says_that_nothing_is_played():
-    assert decide([IDLE, IDLE], LIMITS) == BatchPlan((0, 0), 0, 0, False, Phase.IDLE, "no rank has tokens")
+    assert decide([IDLE, IDLE], LIMITS) == BatchPlan((0, 0), 0, 0, 0, False, Phase.IDLE, "no rank has tokens")
 
 
 def test_rows_that_do_not_fill_the_microbatches_are_not_split():
@@ -202,14 +202,14 @@ def test_wishes_survive_the_sum_of_all_columns(step, program, config):
 # -- one rank ---------------------------------------------------------------------------------------------------------
 
 
-def alone(limits=LIMITS):
-    return Agreement(None, limits, timeout_s=1.0)
+def alone():
+    return Agreement(None, timeout_s=1.0)
 
 
 def test_a_rank_alone_gets_what_it_wishes():
     agreement = alone()
     agreement.agree_ahead(wish(19, 20))
-    plans = [agreement.agree(w) for w in (wish(19, 20), wish(16), IDLE)]
+    plans = [agreement.agree(w, LIMITS) for w in (wish(19, 20), wish(16), IDLE)]
     assert plans == [decide([w], LIMITS) for w in (wish(19, 20), wish(16), IDLE)]
 
 
@@ -217,9 +217,9 @@ def test_a_rank_alone_must_come_with_what_it_announced():
     agreement = alone()
     agreement.agree_ahead(wish(19))
     with pytest.raises(Disagreement, match=r"rank 0 announced .*=19, .* but came with .*=23, "):
-        agreement.agree(wish(23))
+        agreement.agree(wish(23), LIMITS)
     with pytest.raises(RankLost, match="rank 0 left: rank 0 announced"):
-        agreement.agree(wish(23))
+        agreement.agree(wish(23), LIMITS)
 
 
 def test_a_step_is_announced_once():
@@ -297,7 +297,7 @@ def simulated(monkeypatch):
         """What `play(rank, agreement)` returns or raises on each of so many ranks."""
         sums = Sums(num_ranks)
         monkeypatch.setattr(agree, "ProcessGroupGloo", sums.link)
-        agreements = [Agreement(Group(sums, rank), LIMITS, timeout_s=timeout_s) for rank in range(num_ranks)]
+        agreements = [Agreement(Group(sums, rank), timeout_s=timeout_s) for rank in range(num_ranks)]
 
         def guarded(rank):
             try:
@@ -314,30 +314,30 @@ def simulated(monkeypatch):
 
 def test_every_rank_gets_the_plan_that_follows_from_all_wishes(simulated):
     step = [wish(37, 40), IDLE, wish(19, gate=True)]
-    plans, sums = simulated(3, lambda rank, agreement: [agreement.agree(step[rank]) for _ in range(3)])
+    plans, sums = simulated(3, lambda rank, agreement: [agreement.agree(step[rank], LIMITS) for _ in range(3)])
     assert plans == [[decide(step, LIMITS)] * 3] * 3
     assert sums.num_calls == [3, 3, 3]
 
 
 def test_a_step_in_time_leaves_nothing_in_the_store(simulated):
     def play(rank, agreement):
-        agreement.agree(wish(19))
-        return agreement._roll.signs(1)
+        agreement.agree(wish(19), LIMITS)
+        return [sign for sign in agreement._roll.signs().values() if not sign.startswith("0 ")]  # 0: connecting
 
-    assert simulated(3, play)[0] == [{}] * 3
+    assert simulated(3, play)[0] == [[]] * 3
 
 
 def test_a_slow_rank_is_waited_for(simulated):
     def play(rank, agreement):
         time.sleep(0.9 * (rank == 1))
-        return agreement.agree(wish(19 + rank)).num_tokens
+        return agreement.agree(wish(19 + rank), LIMITS).num_tokens
 
     assert simulated(2, play)[0] == [(19, 20)] * 2
 
 
 def test_different_programs_are_the_same_error_on_every_rank(simulated):
     step = [wish(37), wish(19, program=OTHER), wish(23)]
-    errors, _ = simulated(3, lambda rank, agreement: agreement.agree(step[rank]))
+    errors, _ = simulated(3, lambda rank, agreement: agreement.agree(step[rank], LIMITS))
     assert errors == [errors[0]] * 3
     assert f"(ranks 0 and 2: {PROGRAM}, rank 1: {OTHER})" in errors[0]
 
@@ -349,7 +349,7 @@ def test_ranks_may_announce_or_not(simulated):
             mine = wish(19 + 7 * rank + i)
             if (rank + i) % 2:
                 agreement.agree_ahead(mine)
-            found.append(agreement.agree(mine))
+            found.append(agreement.agree(mine, LIMITS))
         return found
 
     plans, sums = simulated(2, play)
@@ -361,12 +361,12 @@ def test_a_rank_that_breaks_its_word_is_an_error_on_every_rank(simulated):
     def play(rank, agreement):
         agreement.agree_ahead(wish(19))
         try:
-            agreement.agree(wish(19 + 4 * (rank == 1)))
+            agreement.agree(wish(19 + 4 * (rank == 1)), LIMITS)
         finally:
             if rank == 1:  # whose error may be caught: it is not let in again
                 with pytest.raises(RankLost, match="announced"):
-                    agreement.agree(wish(31))
-        return agreement.agree(wish(31))
+                    agreement.agree(wish(31), LIMITS)
+        return agreement.agree(wish(31), LIMITS)
 
     began = time.monotonic()
     (one, broke, two), _ = simulated(3, play, timeout_s=20.0)
@@ -379,7 +379,7 @@ def test_a_rank_that_leaves_is_not_waited_for(simulated):
     def play(rank, agreement):
         if rank == 1:
             agreement.leave("300 tokens are too many")
-        return agreement.agree(wish(19))
+        return agreement.agree(wish(19), LIMITS)
 
     began = time.monotonic()
     errors, _ = simulated(3, play, timeout_s=20.0)
@@ -389,9 +389,9 @@ def test_a_rank_that_leaves_is_not_waited_for(simulated):
 
 def test_a_rank_that_comes_after_it_was_given_up_raises_what_the_others_did(simulated):
     def play(rank, agreement):
-        agreement.agree(wish(19))
+        agreement.agree(wish(19), LIMITS)
         time.sleep(3.0 * (rank == 1))
-        return agreement.agree(wish(19))
+        return agreement.agree(wish(19), LIMITS)
 
     errors, _ = simulated(3, play, timeout_s=0.6)
     assert errors == [errors[0]] * 3
@@ -402,7 +402,7 @@ def test_a_rank_that_came_and_fell_silent_is_named(simulated):
     def play(rank, agreement):
         if rank == 1:
             return agreement._roll.sign(1, 7)
-        return agreement.agree(wish(19))
+        return agreement.agree(wish(19), LIMITS)
 
     errors, _ = simulated(3, play, timeout_s=0.6)
     assert errors[0] == errors[2]
@@ -416,7 +416,7 @@ def test_an_all_reduce_that_fails_is_blamed_at_once_on_the_only_rank_missing(sim
     monkeypatch.setattr(Work, "is_completed", lambda self: True)
     monkeypatch.setattr(Work, "wait", broken)
     began = time.monotonic()
-    errors, _ = simulated(3, lambda rank, agreement: rank == 1 or agreement.agree(wish(19)), timeout_s=20.0)
+    errors, _ = simulated(3, lambda rank, agreement: rank == 1 or agreement.agree(wish(19), LIMITS), timeout_s=20.0)
     assert errors[0] == errors[2]
     assert re.match(r"RankLost: rank 1 did not agree on step 1 .* s \(Connection closed by peer\)$", errors[0])
     assert time.monotonic() - began < 3.0
@@ -429,7 +429,7 @@ def test_a_store_that_is_gone_does_not_hold_up_the_error(monkeypatch):
 
     monkeypatch.setattr(rollcall, "GRACE_SECONDS", 0.3)
     began = time.monotonic()
-    call = RollCall(Roll(Gone(), 0, 2), 1, "agree on step 1", began + 0.3)
+    call = RollCall(Roll(Gone(), 0, 2), 1, "agree on step 1", began + 0.3, began + 0.3)
     assert call.verdict().startswith("ranks did not all agree on step 1, nor does their store say who is missing")
     assert time.monotonic() - began < 1.0
 
@@ -438,17 +438,17 @@ def test_an_agreement_made_in_inference_mode_serves_outside_of_it(monkeypatch):
     sums = Sums(2)
     monkeypatch.setattr(agree, "ProcessGroupGloo", sums.link)
     with torch.inference_mode():
-        made = [Agreement(Group(sums, rank), LIMITS, timeout_s=1.0) for rank in range(2)]
+        made = [Agreement(Group(sums, rank), timeout_s=1.0) for rank in range(2)]
     for agreement in made:
         agreement.agree_ahead(wish(19))
-    assert made[0].agree(wish(19)).num_tokens == (19, 19)
+    assert made[0].agree(wish(19), LIMITS).num_tokens == (19, 19)
 
 
 def test_a_device_is_asked_until_its_all_reduce_is_done(simulated):
     def play(rank, agreement):
         agreement._stream = nullcontext()  # as if the numbers lived on an accelerator
         time.sleep(0.7 * (rank == 1))
-        return [agreement.agree(wish(19 + rank)).num_tokens for _ in range(2)]
+        return [agreement.agree(wish(19 + rank), LIMITS).num_tokens for _ in range(2)]
 
     assert simulated(2, play)[0] == [[(19, 20)] * 2] * 2
 
@@ -456,7 +456,7 @@ def test_a_device_is_asked_until_its_all_reduce_is_done(simulated):
 def test_a_device_that_never_comes_is_named_too(simulated):
     def play(rank, agreement):
         agreement._stream = nullcontext()
-        return rank == 1 or agreement.agree(wish(19))
+        return rank == 1 or agreement.agree(wish(19), LIMITS)
 
     errors, _ = simulated(2, play, timeout_s=0.6)
     assert errors[0].startswith("RankLost: rank 1 did not agree on step 1 within ")
@@ -472,7 +472,7 @@ def ranks():
 
 
 def agreement_of(members, timeout_s):
-    return Agreement(dist.new_group(members), LIMITS, timeout_s=timeout_s, connect_timeout_s=20.0)
+    return Agreement(dist.new_group(members), timeout_s=timeout_s, connect_timeout_s=20.0)
 
 
 def random_steps(members, seed):
@@ -488,7 +488,7 @@ def random_steps(members, seed):
         if own.random() < 0.3:
             agreement.agree_ahead(step[me])
             time.sleep(own.choice([0, 0, 0.001]))
-        right.append(agreement.agree(step[me]) == decide(step, LIMITS))
+        right.append(agreement.agree(step[me], LIMITS) == decide(step, LIMITS))
     return all(right)
 
 
@@ -506,7 +506,7 @@ def test_real_ranks_agree_on_a_hundred_steps(ranks, members):
 
 def different_programs():
     try:
-        agreement_of([0, 1, 2, 3], 20.0).agree(wish(19, program=OTHER if dist.get_rank() == 2 else PROGRAM))
+        agreement_of([0, 1, 2, 3], 20.0).agree(wish(19, program=OTHER if dist.get_rank() == 2 else PROGRAM), LIMITS)
     except Disagreement as error:
         return str(error)
 
@@ -521,14 +521,14 @@ def test_real_ranks_raise_the_same_error_for_different_programs(ranks):
 def one_never_comes(how, timeout_s):
     """What a rank that comes raises, and after how long; rank 1 meets the others once, and then is lost."""
     agreement = agreement_of([0, 1, 2, 3], timeout_s)
-    agreement.agree(wish(19))
+    agreement.agree(wish(19), LIMITS)
     if dist.get_rank() == 1 and how == "raises":
         return "RuntimeError: out of memory", 0.0
     if dist.get_rank() == 1:
         os.kill(os.getpid(), getattr(signal, how))
     began = time.monotonic()
     try:
-        return str(agreement.agree(wish(19))), 0.0
+        return str(agreement.agree(wish(19), LIMITS)), 0.0
     except RankLost as error:
         return str(error), time.monotonic() - began
 

@@ -7,27 +7,38 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
+from dbo_compile.config import Config
 from dbo_compile.errors import NotSplit
 from dbo_compile.ir.tokens import TOKENS
 from dbo_compile.runtime import engine as engine_module
-from dbo_compile.runtime.engine import MOST_SHIFT, Engine, TokenInput
+from dbo_compile.runtime.agree import Agreement
+from dbo_compile.runtime.engine import Engine, Programs, Whole
 from dbo_compile.runtime.lanes import WorkLanes
+from dbo_compile.runtime.rows import MOST_SHIFT, Guards, find_rows
+from dbo_compile.runtime.signature import Signature, TokenInput
 
 LENGTH = sympy.Symbol("s7", integer=True, positive=True)
 
 
-def engine(*guards, n=2, min_tokens=2, least_rows=1, inputs=("x",), symbols=None):
+def engine(*guards, n=2, inputs=("x",), symbols=None, modules=None, whole=lambda *_: ("whole",), **options):
     """An engine whose programs tell the rows they were played with; `whole` says so."""
+    config = Config(**({"num_microbatches": n, "inner": "eager", "split": "always", "gate": "never"} | options))
+    token_inputs = tuple(TokenInput(i, 0, name) for i, name in enumerate(inputs))
     return Engine(
-        {m: lambda lanes, *_: (lanes.num_rows,) for m in (1, n)},
-        guards,
-        [TokenInput(i, 0, name) for i, name in enumerate(inputs)],
-        symbols or {},
-        lambda *_: ("whole",),
-        num_microbatches=n,
-        min_tokens=min_tokens,
-        least_rows=least_rows,
+        Programs(modules or {m: told for m in (1, n)}, Guards(guards, list(symbols or {})), "5" * 16),
+        Whole(whole),
+        Signature(token_inputs, symbol_inputs=symbols or {}, output_dims=(None,)),
+        Agreement(None, timeout_s=1.0),
+        config,
     )
+
+
+def told(lanes, *_):
+    return (lanes.num_rows,)
+
+
+def rows(tokens, *guards, n=2, least_rows=1):
+    return find_rows(tokens, (), Guards(guards, ()), num_microbatches=n, least_rows=least_rows)
 
 
 def multiple_of(k):
@@ -35,7 +46,7 @@ def multiple_of(k):
 
 
 @pytest.mark.parametrize(
-    ("n", "tokens", "rows"),
+    ("n", "tokens", "found"),
     [
         (1, 9, (9,)),
         (2, 9, (5, 4)),
@@ -47,15 +58,15 @@ def multiple_of(k):
         (4, 13, (4, 4, 4, 1)),
     ],
 )
-def test_rows_are_as_even_as_can_be(n, tokens, rows):
-    assert engine(n=n).rows_of(tokens) == rows
+def test_rows_are_as_even_as_can_be(n, tokens, found):
+    assert rows(tokens, n=n) == found
 
 
 @pytest.mark.parametrize(
-    ("n", "tokens", "rows"), [(2, 40, (16, 24)), (2, 16, (8, 8)), (3, 32, (8, 8, 16)), (3, 24, (8, 8, 8))]
+    ("n", "tokens", "found"), [(2, 40, (16, 24)), (2, 16, (8, 8)), (3, 32, (8, 8, 16)), (3, 24, (8, 8, 8))]
 )
-def test_rows_keep_every_guard(n, tokens, rows):
-    assert engine(multiple_of(8), n=n).rows_of(tokens) == rows
+def test_rows_keep_every_guard(n, tokens, found):
+    assert rows(tokens, multiple_of(8), n=n) == found
 
 
 def test_a_guard_may_speak_of_another_symbol_of_the_call():
@@ -75,8 +86,7 @@ def test_a_guard_that_divides_by_no_rows_does_not_hold():
 @pytest.mark.parametrize(
     ("guards", "options", "tokens", "reason"),
     [
-        ((), {"min_tokens": 10}, 9, "9 tokens are fewer than min_tokens=10"),
-        ((), {"n": 3, "min_tokens": 1}, 2, "2 tokens do not make 3 microbatches of at least 1"),
+        ((), {"n": 3}, 2, "2 tokens do not make 3 microbatches of at least 1"),
         ((), {"least_rows": 2}, 3, "3 tokens do not make 2 microbatches of at least 2"),
         # half of 9 tokens, rounded down, would keep it
         ((multiple_of(4),), {}, 9, r"no split of 9 tokens keeps what the graph was compiled for: Eq\(Mod\(T, 4\), 0\)"),
@@ -86,11 +96,11 @@ def test_a_guard_that_divides_by_no_rows_does_not_hold():
 )  # fmt: skip
 def test_a_size_that_is_not_split_has_a_reason(guards, options, tokens, reason):
     with pytest.raises(NotSplit, match=reason):
-        engine(*guards, **options).rows_of(tokens)
+        rows(tokens, *guards, **options)
 
 
 def test_a_split_point_is_looked_for_as_far_as_said():
-    assert engine(multiple_of(MOST_SHIFT)).rows_of(3 * MOST_SHIFT) == (MOST_SHIFT, 2 * MOST_SHIFT)
+    assert rows(3 * MOST_SHIFT, multiple_of(MOST_SHIFT)) == (MOST_SHIFT, 2 * MOST_SHIFT)
 
 
 def test_calls_are_counted_with_their_reasons():
@@ -99,8 +109,8 @@ def test_calls_are_counted_with_their_reasons():
     assert played == [((5, 4),), ((4,),), ((4, 3),), ((4,),), ((3,),)]
     assert (found.calls.total, found.calls.split) == (5, 2)
     assert found.calls.declined == {
-        "4 tokens are fewer than min_tokens=5": 2,
-        "3 tokens are fewer than min_tokens=5": 1,
+        "it has 4 tokens, and a prefill is split from 5 tokens on": 2,
+        "it has 3 tokens, and a prefill is split from 5 tokens on": 1,
     }
 
 
@@ -125,8 +135,8 @@ def test_an_error_in_a_program_passes_through_after_its_collectives_were_finishe
     made = []
 
     class Noted(WorkLanes):
-        def __init__(self, rows):
-            super().__init__(rows)
+        def __init__(self, rows, wait_for):
+            super().__init__(rows, wait_for)
             made.append(self)
 
         def finish(self):
@@ -136,8 +146,7 @@ def test_an_error_in_a_program_passes_through_after_its_collectives_were_finishe
         raise KeyError("mine")
 
     monkeypatch.setattr(engine_module, "WorkLanes", Noted)
-    found = engine()
-    found.programs = {2: broken}
+    found = engine(modules={1: told, 2: broken})
     with pytest.raises(KeyError, match="mine"):
         found(torch.ones(9, 2))
     assert [lanes.events for lanes in made] == [{"finished": 1}]

@@ -1,0 +1,257 @@
+"""The decorator: ranks agree on a step, and pad it, before Dynamo sees its sizes; so all ranks share one graph."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dbo_compile import backend, compat
+from dbo_compile.config import Config, nearest
+from dbo_compile.errors import Disagreement, RankLost
+from dbo_compile.runtime.agree import Agreement, agreement_over
+from dbo_compile.runtime.engine import limits_of
+from dbo_compile.runtime.force import InForce, in_force
+from dbo_compile.runtime.padding import Buckets, Padding, is_decode, unpad, unpad_tree
+from dbo_compile.runtime.plan import BatchPlan, Wish
+
+LEAST_ROWS = 2
+"""A step is padded to no fewer tokens: Dynamo makes a graph of its own for one."""
+
+
+def dbo(target: Any = None, /, *, token_dims: Mapping[str, int], **options: Any) -> Any:
+    """Compile a Module class, a Module, a `forward` method or a function with the backend `dbo`.
+
+    `token_dims` names the arguments that carry tokens, and their token dims; `options` are the other fields of
+    `Config`. Before each call the ranks of `dp_group` (default: all ranks) agree on the step, so every rank has to
+    call, whatever it has: a rank with nothing to do calls `idle_step`, or brings inputs of no tokens. Then the token
+    arguments are padded to the largest rank and its bucket, and the results un-padded.
+
+        @dbo_compile.dbo(token_dims={"input_ids": 0, "positions": -1}, pad_to="auto")
+        class Model(nn.Module): ...
+
+        model = dbo_compile.dbo(model, token_dims={"input_ids": 0})     # changes `model.forward` of this one
+        model.forward.idle_step()
+
+    What is decorated keeps its signature, docstring and state; exported or traced as part of something larger, it is
+    what it was. Raises `ValueError` for a wrong option, or a name that is no argument.
+    """
+    if target is None:
+        return functools.partial(dbo, token_dims=token_dims, **options)
+    config = Config.from_options({**options, "token_dims": token_dims})
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        target.forward = Forward(target.forward, config)  # type: ignore[method-assign, assignment]
+        return target
+    if isinstance(target, nn.Module):
+        target.forward = Steps(target.forward, config)
+        return target
+    if not callable(target):
+        raise ValueError(f"dbo decorates a Module, a class of Modules or a function, not {type(target).__name__}")
+    first = next(iter(inspect.signature(target).parameters), "")
+    return Forward(target, config) if first == "self" else Steps(target, config)
+
+
+class Forward:
+    """A decorated method: each instance has its own `Steps`."""
+
+    def __init__(self, fn: Callable[..., Any], config: Config) -> None:
+        functools.update_wrapper(self, fn)
+        _check_names(config, inspect.signature(fn))
+        self._fn = fn
+        self._config = config
+        self._steps: weakref.WeakKeyDictionary[Any, Steps] = weakref.WeakKeyDictionary()
+
+    def __get__(self, owner: Any, _kind: type | None = None) -> Any:
+        if owner is None:
+            return self
+        if owner not in self._steps:
+            self._steps[owner] = Steps(self._fn, self._config, owner)
+        return self._steps[owner]
+
+    def __call__(self, owner: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.__get__(owner)(*args, **kwargs)
+
+
+class Steps:
+    """A decorated function, or the method of one instance: each call is a step of all ranks."""
+
+    def __init__(self, fn: Callable[..., Any], config: Config, owner: Any = None) -> None:
+        functools.update_wrapper(self, fn)
+        self._fn = fn
+        self._config = config
+        self._owner = None if owner is None else weakref.ref(owner)
+        signature = inspect.signature(fn)
+        names = list(signature.parameters.values())
+        self.__code__ = getattr(fn, "__code__", None)  # torch.export asks where a forward stands
+        self.__signature__ = signature.replace(parameters=names if owner is None else names[1:])
+        _check_names(config, self.__signature__)
+        self._padding = Padding(config.token_dims or {}, config.pad_values)
+        self._limits = limits_of(config)
+        self._compiled = _compiled(fn, config)
+        self._agreement: Agreement | None = None
+        self._programs = ""
+        self._num_played = 0
+        self._idle: dict[str, Any] = {}
+        self._nothing: Any = None
+        self._per_token: tuple[int, bool] | None = None
+        self.buckets = Buckets(config.pad_to)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._fn(*self._self(), *args, **kwargs)
+        agreement = self.agreement
+        try:
+            inputs = self._named(args, kwargs)
+            wish = self._wish(inputs)
+        except (TypeError, ValueError):
+            agreement.meet(self._wrong())  # the others wait for this rank
+            raise
+        ahead = agreement.announced
+        plan = agreement.agree(ahead if ahead and ahead.num_tokens == wish.num_tokens else wish, self._limits)
+        try:
+            return self._play(plan, inputs)
+        except (Disagreement, RankLost):
+            raise
+        except Exception as error:
+            agreement.leave(f"it raised {type(error).__name__}: {error}")
+            raise
+
+    @property
+    def agreement(self) -> Agreement:
+        """Where the ranks meet; made when first asked for, on all ranks at the same place."""
+        if self._agreement is None:
+            name = self._config.dp_group
+            default = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+            group = default if name is None else compat.process_group(name)
+            self._agreement = agreement_over(group, self._config.timeout_s)
+        return self._agreement
+
+    def idle_step(self) -> None:
+        """Take part in a step without tokens. Raises `ValueError` before the first call, which shows what inputs are
+        like."""
+        if not self._idle:
+            self.agreement.meet(self._wrong())
+            raise ValueError("idle_step has seen no call yet; call the model with inputs of no tokens instead")
+        self(**self._idle)
+
+    def agree_ahead(self, num_tokens: int) -> None:
+        """Announce the next call, of so many tokens and otherwise like the last one, while this one is played."""
+        if self._per_token is None:
+            raise ValueError("agree_ahead announces a call that is like the last one: call the model once before")
+        self.agreement.agree_ahead(self._wish_of(num_tokens, *self._per_token))
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _self(self) -> tuple[Any, ...]:
+        return () if self._owner is None else (self._owner(),)
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments by name; those of `*args` and `**kwargs` are not token inputs unless they are named."""
+        bound = self.__signature__.bind(*args, **kwargs)
+        named = dict(bound.arguments)
+        for name, parameter in self.__signature__.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                named |= named.pop(name, {})
+            elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY) and name in named:
+                raise TypeError(f"a function that dbo decorates takes its arguments by name, but {name} has none")
+        return named
+
+    def _num_tokens(self, inputs: Mapping[str, Any]) -> int:
+        return self._padding.num_tokens(inputs)
+
+    def _wish(self, inputs: Mapping[str, Any]) -> Wish:
+        self._padding.check(inputs)
+        num_tokens = self._num_tokens(inputs)
+        tensors = [(inputs[name], dim) for name, dim in self._padding.token_dims.items()
+                   if isinstance(inputs.get(name), torch.Tensor)]
+        first, dim = tensors[0]
+        elements = first.numel() // num_tokens if num_tokens else 0
+        self._per_token = elements, is_decode(tensors)
+        return self._wish_of(num_tokens, *self._per_token)
+
+    def _wish_of(self, num_tokens: int, elements: int, decode: bool) -> Wish:
+        program, config = self._programs_hash, self._config.fingerprint
+        if not num_tokens:
+            return Wish.idle(program, config)
+        bucket = max(LEAST_ROWS, self.buckets.bucket(num_tokens))
+        return Wish(num_tokens, bucket, bucket * elements, self._config.split != "never", False, decode, program, config)
+
+    def _wrong(self) -> Wish:
+        return Wish.wrong(self._programs_hash, self._config.fingerprint)
+
+    @property
+    def _programs_hash(self) -> str:
+        return hashlib.sha256(self._programs.encode()).hexdigest()[:16]
+
+    def _play(self, plan: BatchPlan, inputs: dict[str, Any]) -> Any:
+        if not plan.num_microbatches:
+            return self._nothing
+        num_tokens = self._num_tokens(inputs)
+        padded = self._padding.pad(inputs, plan.padded_tokens)
+        step = InForce(plan, is_first=not self._num_played)
+        with in_force(step), compat.host_reads_in_graph():
+            results = self._compiled(*self._self(), **padded)
+        self._num_played += 1
+        self._programs = " ".join(step.engines)
+        for name, x in padded.items():
+            if x is not inputs[name] and x.data_ptr() in step.written:
+                inputs[name].copy_(unpad(x, self._padding.token_dims[name], plan.padded_tokens, num_tokens))
+        if not self._idle:
+            self._idle = self._padding.empty(inputs)
+            self._nothing = self._unpadded(results, step, 0)
+        return self._unpadded(results, step, num_tokens)
+
+    def _unpadded(self, results: Any, step: InForce, num_tokens: int) -> Any:
+        """Results of a graph are known; what Python made of them is cut where it has as many rows as were padded to."""
+        num_rows = step.plan.padded_tokens
+        guess = next(iter(self._padding.token_dims.values()))
+
+        def cut(x: Any) -> Any:
+            known = step.results.get(id(x))
+            if known is None or known[0] is not x:
+                return unpad_tree(x, guess, num_rows, num_tokens)
+            return x if known[1] is None else unpad(x, known[1], num_rows, num_tokens)
+
+        return results if num_tokens == num_rows else compat.tree_map(cut, results)
+
+    # -- copies of what is decorated ----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle of a decorated Module keeps: it compiles, and meets other ranks, afresh."""
+        return {"fn": self._fn, "config": self._config, "owner": self._self()}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__init__(state["fn"], state["config"], *state["owner"])  # type: ignore[misc]
+
+
+def _compiled(fn: Callable[..., Any], config: Config) -> Callable[..., Any]:
+    """`fn` compiled apart from every other use of its code, by which Dynamo keeps what it has compiled."""
+    target = getattr(fn, "__func__", fn)
+    own: Any = fn
+    if isinstance(target, FunctionType):
+        own = FunctionType(target.__code__.replace(), target.__globals__, target.__name__, target.__defaults__,
+                           target.__closure__)
+        own.__kwdefaults__ = target.__kwdefaults__
+        own = own if target is fn else own.__get__(fn.__self__)  # type: ignore[attr-defined]
+    compiled: Callable[..., Any] = torch.compile(own, backend=functools.partial(backend.compile_with, config=config))
+    return compiled
+
+
+def _check_names(config: Config, signature: inspect.Signature) -> None:
+    parameters = signature.parameters
+    if not config.token_dims:
+        raise ValueError("token_dims must name an argument that carries tokens, e.g. token_dims={'input_ids': 0}")
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in (*config.token_dims, *config.pad_values):
+        if name not in parameters:
+            raise ValueError(f"{name!r} is no argument{nearest(name, list(parameters))} The arguments are: "
+                             f"{', '.join(parameters)}")

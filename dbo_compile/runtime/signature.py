@@ -1,0 +1,106 @@
+"""What the engine knows of the arguments and results of a graph: where tokens are, what is written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from dbo_compile.runtime.padding import pad, unpad_outputs
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInput:
+    """An argument of the graph that carries tokens: its position, its token dim, its name for people.
+
+    `pad_value` is what rows of padding hold.
+    """
+
+    index: int
+    dim: int
+    name: str
+    pad_value: float = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Positions among the arguments: of token inputs, of numbers of tokens, of the other symbols, and of what is
+    written in place. `output_dims` has the token dim of each result, None for one that has none.
+
+    `unpaddable` says why rows of padding could change the other rows ("": they cannot). `same_size` says that ranks
+    must all have as many rows, because what they exchange is as long.
+    """
+
+    token_inputs: tuple[TokenInput, ...]
+    token_numbers: tuple[int, ...] = ()
+    symbol_inputs: Mapping[sympy.Symbol, int] | None = None
+    written: tuple[int, ...] = ()
+    output_dims: tuple[int | None, ...] = ()
+    unpaddable: str = ""
+    same_size: bool = False
+    draws_random_numbers: bool = False
+
+    def sizes(self, args: Sequence[Any]) -> list[int]:
+        """The number of tokens, as each token input has it."""
+        return [args[t.index].shape[t.dim] for t in self.token_inputs]
+
+    def others(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """The values of the symbols that do not count tokens."""
+        return tuple(args[i] for i in (self.symbol_inputs or {}).values())
+
+    def padded(self, args: Sequence[Any], num_rows: int) -> list[Any]:
+        """The arguments with `num_rows` rows of tokens."""
+        if all(args[t.index].shape[t.dim] == num_rows for t in self.token_inputs):
+            return list(args)
+        args = list(args)
+        for t in self.token_inputs:
+            args[t.index] = pad(args[t.index], t.dim, num_rows, t.pad_value)
+        for i in self.token_numbers:
+            args[i] = num_rows
+        return args
+
+    @property
+    def written_dims(self) -> list[int | None]:
+        """The token dim of each argument that is written in place."""
+        dims = {t.index: t.dim for t in self.token_inputs}
+        return [dims.get(i) for i in self.written]
+
+    def write_back(self, args: Sequence[Any], padded: Sequence[Any]) -> None:
+        """Bring what was written into padded arguments, which are copies, back to the caller's."""
+        for t in self.token_inputs:
+            if t.index in self.written and (mine := args[t.index]) is not padded[t.index]:
+                mine.copy_(padded[t.index].narrow(t.dim, 0, mine.shape[t.dim]))
+
+    def unpadded(self, results: Sequence[Any], num_rows: int, num_tokens: int) -> Sequence[Any]:
+        if num_rows == num_tokens:
+            return results
+        return unpad_outputs(results, self.output_dims, num_rows, num_tokens)
+
+
+class State:
+    """A copy of all that a play changes besides its results: what it writes in place, and random numbers it draws."""
+
+    def __init__(self, signature: Signature, args: Sequence[Any]) -> None:
+        self.written = [args[i] for i in signature.written]
+        self.values = [x.clone() for x in self.written]
+        draws = signature.draws_random_numbers
+        self.cpu_rng = torch.get_rng_state() if draws else None
+        self.device_rng = torch.cuda.get_rng_state_all() if draws and torch.cuda.is_initialized() else []
+
+    def apart(self, results: Sequence[Any]) -> list[Any]:
+        """The results, copied where they share memory with what is written in place."""
+        kept = {x.untyped_storage().data_ptr() for x in self.written}
+        tensors = (x for x in results if isinstance(x, torch.Tensor))
+        shared = {id(x) for x in tensors if x.untyped_storage().data_ptr() in kept}
+        return [x.clone() if id(x) in shared else x for x in results]
+
+    def restore(self) -> None:
+        for x, value in zip(self.written, self.values, strict=True):
+            x.copy_(value)
+        if self.cpu_rng is not None:
+            torch.set_rng_state(self.cpu_rng)
+        if self.device_rng:
+            torch.cuda.set_rng_state_all(self.device_rng)

@@ -1,0 +1,138 @@
+"""Which way of playing a size is the fastest: timed on the calls of the user, agreed between ranks, kept.
+
+Every rank times the same ways in the same order, and the slowest rank counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+Share = Callable[[Sequence[int]], list[tuple[int, ...]]]
+
+TRIALS = 5
+"""How often each way is timed; the first time, when memory and code are cold, does not count."""
+LEAST_GAIN = 0.01
+"""A split must be faster by this share, or the simpler way is kept: noise must not decide."""
+
+
+class Size(NamedTuple):
+    """What is tuned for: padded tokens, and elements of the first token input, both rounded up to four bits."""
+
+    tokens: int
+    elements: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens}/{self.elements}"
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        tokens, elements = text.split("/")
+        return cls(int(tokens), int(elements))
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The seconds that each way of playing a size took on the slowest rank, and the one that is played."""
+
+    seconds: Mapping[str, float]
+    chosen: str
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{way} {seconds * 1e3:.2f} ms" for way, seconds in self.seconds.items())
+        return f"{self.chosen} ({times})"
+
+
+def fastest(seconds: Mapping[str, float]) -> str:
+    """The way that is played, if these are the times of all that can be."""
+    others = {way: s for way, s in seconds.items() if way != "split"}
+    best = min(others, key=others.__getitem__, default="split")
+    if "split" in seconds and (not others or seconds["split"] < (1 - LEAST_GAIN) * others[best]):
+        return "split"
+    return best
+
+
+class Tuner:
+    """Says which way to play next, is told how long it took, and decides after `TRIALS` of each.
+
+    `share` exchanges numbers between ranks, which all call it at the same place.
+    """
+
+    def __init__(self, share: Share, decisions: Mapping[Size, Decision]) -> None:
+        self.decisions = dict(decisions)
+        self._share = share
+        self._taken: dict[Size, dict[str, list[float]]] = defaultdict(dict)
+
+    def way(self, size: Size, ways: Sequence[str]) -> tuple[str, bool]:
+        """How to play a step that can be played in these `ways`, and whether it is to be timed."""
+        decision = self.decisions.get(size)
+        if len(ways) == 1:
+            return ways[0], False
+        if decision and decision.seconds.keys() >= set(ways):
+            return fastest({way: decision.seconds[way] for way in ways}), False
+        taken = self._taken[size]
+        for way in ways:
+            taken.setdefault(way, [])
+        return min(ways, key=lambda way: len(taken[way])), True
+
+    def took(self, size: Size, way: str, seconds: float) -> None:
+        """Note a time; after the last trial, ranks agree on the slowest of them for each way."""
+        taken = self._taken[size]
+        taken[way].append(seconds)
+        if all(len(times) >= TRIALS for times in taken.values()):
+            medians = [statistics.median(times[1:]) for times in taken.values()]
+            worst = map(max, zip(*self._share([round(m * 1e9) for m in medians]), strict=True))
+            agreed = {way: w / 1e9 for way, w in zip(taken, worst, strict=True)}
+            self.decisions[size] = Decision(agreed, fastest(agreed))
+            del self._taken[size]
+
+    def forget(self) -> None:
+        self.decisions.clear()
+        self._taken.clear()
+
+
+# -- decisions in a file ----------------------------------------------------------------------------------------------
+
+_loaded: dict[str, dict[Size, Decision]] = {}
+"""What `load_decisions` read, for programs to be compiled."""
+
+
+def known_decisions(fingerprint: str) -> dict[Size, Decision]:
+    """What a file said of the program of this fingerprint."""
+    return dict(_loaded.get(fingerprint, {}))
+
+
+def load_decisions(path: str | os.PathLike[str]) -> None:
+    """Take the decisions of `split="auto"` from a file, so that graphs compiled from now on are not timed again.
+
+    Every rank must load the same file. Decisions of another version of PyTorch, or of other programs, are passed over.
+    Raises `OSError` if there is no such file, `ValueError` if it is none of ours.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        version, graphs = content["torch"], content["graphs"]
+        found = {
+            fingerprint: {Size.parse(size): Decision(d["seconds"], d["chosen"]) for size, d in table.items()}
+            for fingerprint, table in graphs.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has no decisions in it ({error!r}); dbo_compile.save_decisions writes them") from None
+    if version == torch.__version__:
+        _loaded.update(found)
+
+
+def decisions_text(graphs: Mapping[str, Mapping[Size, Decision]]) -> str:
+    """The content of a file for `load_decisions`: decisions by fingerprint and size."""
+    tables = {
+        fingerprint: {str(size): {"chosen": d.chosen, "seconds": dict(d.seconds)} for size, d in table.items()}
+        for fingerprint, table in graphs.items()
+    }
+    return json.dumps({"torch": torch.__version__, "graphs": tables}, indent=1)

@@ -1,0 +1,183 @@
+"""The exchange whose sizes stay on the device, with PyTorch's kernels for it played by gloo on the CPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dbo_compile import compat, reports
+from dbo_compile.integrations import device_exchange
+from dbo_compile.integrations.device_exchange import exchange_device
+from dbo_compile.passes.capturable import why_not_captured
+from tests.integrations.test_expert_parallel import Layer, close, some_tokens
+from tests.ranks import Ranks
+
+GAP = 1  # rows that the kernels leave for an expert to whom nobody sends
+
+
+class PretendMemory:
+    def __init__(self, group_name, device):
+        self.num = 0
+
+    def empty(self, sizes, dtype):
+        return torch.full(sizes, 77, dtype=dtype)
+
+
+def all_to_all_vdev_2d(source, out, sizes, where, group):
+    """Rows by (rank, expert) to rows by (expert, rank), as PyTorch documents it."""
+    num_ranks = dist.get_world_size()
+    sent = sizes.view(num_ranks, -1)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    rows = source.new_empty(int(received.sum()), source.size(1))
+    dist.all_to_all_single(rows, source[: int(sent.sum())], received.sum(1).tolist(), sent.sum(1).tolist())
+    pieces = [list(of.split(n.tolist())) for of, n in zip(rows.split(received.sum(1).tolist()), received, strict=True)]
+    at = 0
+    for expert in range(sent.size(1)):
+        begin = at
+        for rank in range(num_ranks):
+            piece = pieces[rank][expert]
+            where.view(2, -1, num_ranks)[:, expert, rank] = torch.tensor([len(piece), at])
+            out[at : at + len(piece)] = piece
+            at += len(piece)
+        at = max(at, begin + GAP)
+
+
+def all_to_all_vdev_2d_offset(source, out, where, _where_out, group):
+    """Rows by (expert, rank), with gaps, back to rows by (rank, expert)."""
+    num_ranks = dist.get_world_size()
+    sizes, offsets = (w.view(-1, num_ranks).t().contiguous() for w in where)
+    returned = torch.empty_like(sizes)
+    dist.all_to_all_single(returned, sizes)
+    chosen = [source[o : o + n] for n, o in zip(sizes.flatten().tolist(), offsets.flatten().tolist(), strict=True)]
+    rows = out[: int(returned.sum())]
+    dist.all_to_all_single(rows, torch.cat(chosen), returned.sum(1).tolist(), sizes.sum(1).tolist())
+
+
+def pretend() -> None:
+    device_exchange._all_buffers.clear()
+    compat.Symmetric = PretendMemory
+    device_exchange.symm_mem = SimpleNamespace(
+        all_to_all_vdev_2d=all_to_all_vdev_2d, all_to_all_vdev_2d_offset=all_to_all_vdev_2d_offset
+    )
+
+
+class DeviceLayer(Layer):
+    """Expects its rows sorted by expert, and the mark for "no row" on all others."""
+
+    def shard(self, rows, local_experts):
+        mine = self.weights.chunk(dist.get_world_size())[dist.get_rank()]
+        real = local_experts[local_experts < len(mine)]
+        self.received.append(real.tolist())
+        return super().shard(rows, local_experts)
+
+    def exchanged(self, how, *tokens):
+        return exchange_device(*tokens, self.shard, num_experts=self.num_experts, group=dist.group.WORLD)
+
+
+def matches(num_tokens, num_experts, top_k):
+    pretend()
+    layer = DeviceLayer(num_experts)
+    outcomes = []
+    for size in (num_tokens, num_tokens + 4, num_tokens):  # into new memory, into larger memory, into some of that
+        tokens = some_tokens(size, num_experts, top_k)
+        outcomes.append(close(layer.exchanged("", *tokens), layer.whole(*tokens)))
+    return outcomes, [r == sorted(r) for r in layer.received[::2]]
+
+
+def to_one_expert():
+    pretend()
+    layer = DeviceLayer(8)
+    hidden, _, weights = some_tokens(7, 8, 3)
+    tokens = (hidden, torch.tensor([[5, 5, 5]] * 6 + [[2, 5, 7]]), weights)
+    return close(layer.exchanged("", *tokens), layer.whole(*tokens))
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(7, 8, 3), (1, 6, 1), (5, 2, 2), (0, 4, 3)])
+def test_it_equals_the_layer_on_one_process(ranks, num_tokens, num_experts, top_k):
+    assert ranks.run(matches, num_tokens, num_experts, top_k) == [([True] * 3, [True] * 3)] * 2
+
+
+@pytest.mark.ranks
+def test_all_rows_may_go_to_one_expert_and_none_to_most(ranks):
+    assert ranks.run(to_one_expert) == [True, True]
+
+
+# -- on one rank ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """What `pretend` replaces is put back; the group is there for one test."""
+    monkeypatch.setattr(compat, "Symmetric", compat.Symmetric)
+    monkeypatch.setattr(device_exchange, "symm_mem", device_exchange.symm_mem)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    device_exchange._all_buffers.clear()
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_compiled_layer_is_split_with_both_ops_on_the_comm_lane_and_nothing_on_the_host():
+    pretend()
+    layer = DeviceLayer(4)
+    layer.shard = lambda rows, experts: torch.einsum(
+        "nh,nho->no", rows, layer.weights.detach()[experts.clamp(max=3)]
+    ).tanh()
+
+    def fn(hidden, scores):
+        weights, index = scores.topk(3, dim=1)
+        return layer.exchanged("", hidden.sin(), index, weights)
+
+    hidden, scores = torch.randn(9, 6, dtype=torch.float64), torch.rand(9, 4, dtype=torch.float64)
+    options = {"inner": "eager", "split": "always"}
+    compiled = torch.compile(fn, backend="dbo", options=options, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(hidden, scores), fn(hidden, scores), rtol=0, atol=1e-12)
+    report = reports()[-1]
+    segments = report.levels.outline.segments.values()
+    assert [s.name for s in segments if s.lane.value == "comm"] == ["dispatch_rows", "combine_rows"]
+    assert all(s.per_microbatch and not s.host for s in segments if s.lane.value == "comm")
+    assert (report.barriers, report.calls_split) == ({}, 1)
+    assert why_not_captured(report.levels.graph) == ""
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_too_many_ranks_or_experts_for_the_kernels_are_refused():
+    tokens = (torch.randn(7, 6), torch.zeros(7, 3).long(), torch.rand(7, 3))
+    with pytest.raises(ValueError, match=r"1 ranks with 33 experts each: the kernels take 32 and 32 at most"):
+        exchange_device(*tokens, lambda rows, _: rows, num_experts=33, group=dist.group.WORLD)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_without_nvshmem_it_says_so(monkeypatch):
+    monkeypatch.setattr(compat.symmetric_memory, "is_nvshmem_available", lambda: False)
+    tokens = (torch.randn(7, 6), torch.zeros(7, 3).long(), torch.rand(7, 3))
+    with pytest.raises(RuntimeError, match="this PyTorch has no NVSHMEM for cpu"):
+        exchange_device(*tokens, lambda rows, _: rows, num_experts=4, group=dist.group.WORLD)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_memory_is_never_made_while_something_is_captured(monkeypatch):
+    pretend()
+    monkeypatch.setattr(device_exchange, "is_capturing", lambda: True)
+    tokens = (torch.randn(7, 6), torch.zeros(7, 3).long(), torch.rand(7, 3))
+    with pytest.raises(RuntimeError, match="play the largest size once before"):
+        exchange_device(*tokens, lambda rows, _: rows, num_experts=4, group=dist.group.WORLD)
+
+
+def test_memory_that_slow_peers_may_still_read_is_not_written_by_the_next_exchange():
+    buffers = device_exchange._Buffers(PretendMemory("", None), 5, 14, 4, 3, torch.float32)
+    for of in (buffers.next_source, buffers.next_back, buffers.next_where):
+        first, second, third = of(), of(), of()
+        assert first is third and first is not second
