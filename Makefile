@@ -17,7 +17,7 @@ TORCH_WANTED = import tomllib; \
 help:
 	@echo "make demo    what the backend does to a small model, step by step"
 	@echo "make test    the test suite"
-	@echo "make check   lint, types and layers"
+	@echo "make check   lint, types, layers, and the documentation as a site in build/site"
 	@echo "make bench   every benchmark that runs on a CPU"
 	@echo "make gpu     the tests and benchmarks that need an accelerator, with $(PYTHON) and its PyTorch"
 	@echo "make clean   remove .venv and everything else that was made here"
@@ -32,6 +32,10 @@ check: $(STAMP)
 	@echo "ruff" && $(BIN)/ruff check --quiet .
 	@echo "mypy" && $(BIN)/mypy
 	@echo "layers" && $(BIN)/python -m pytest -q tests/test_layers.py
+	@$(BIN)/python -m mkdocs --version >/dev/null 2>&1 || $(PIP) --editable ".[docs]" || true
+	@if $(BIN)/python -m mkdocs --version >/dev/null 2>&1; then \
+	    echo "docs" && NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet; \
+	else echo "docs: skipped, mkdocs-material could not be installed (pip install -e '.[docs]')"; fi
 
 bench: $(STAMP)
 	@set -e; for file in benchmarks/bench_*.py; do \
@@ -47,7 +51,7 @@ gpu:
 	@test -f benchmarks/gpu.py || { echo "make gpu: there is no benchmarks/gpu.py" >&2; exit 1; }
 	@rm -rf build/gpu
 	@$(PYTHON) -m pip install -qq --no-index --no-deps --no-build-isolation --target build/gpu .
-	@$(PYTHON) -m pytest -m gpu --durations=10 $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest tests/gpu --durations=10 $(PYTEST_ARGS)
 	@$(PYTHON) -m benchmarks.gpu
 
 clean:

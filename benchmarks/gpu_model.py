@@ -7,6 +7,7 @@ about the traffic of 8 rows when half of them are in 8 bits. The exchange is `ho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.host_link import host_link
+
+Exchange = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +95,14 @@ class Experts(nn.Module):
         self.down = nn.Parameter(_weight(s.num_experts, s.hidden, s.expert_width).transpose(1, 2), False)
         self.shared_up, self.shared_down = _weight(2 * s.shared_width, s.hidden), _weight(s.hidden, s.shared_width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         """`x` is [T, hidden]."""
         weights, index = F.linear(x, self.gate).float().sigmoid().topk(self.top_k, dim=-1)
         routes = index.reshape(-1)
         order = torch.argsort(routes)
         counts = routes.new_zeros(self.num_experts).scatter_add(0, routes, torch.ones_like(routes))
-        rows = host_link(x[order // self.top_k])
-        rows = host_link(self.run(rows, counts.cumsum(0).int()))
+        rows = exchange(x[order // self.top_k])
+        rows = exchange(self.run(rows, counts.cumsum(0).int()))
         place = torch.empty_like(order)
         place[order] = torch.arange(order.size(0), device=order.device)
         rows = rows[place].view(-1, self.top_k, x.size(1))
@@ -120,9 +123,9 @@ class Layer(nn.Module):
         super().__init__()
         self.attention, self.experts = Attention(s), Experts(s)
 
-    def forward(self, x: torch.Tensor, cache: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: torch.Tensor | None, exchange: Exchange) -> torch.Tensor:
         x = x + self.attention(norm(x), cache)
-        return x + self.experts(norm(x).flatten(0, 1)).view_as(x)
+        return x + self.experts(norm(x).flatten(0, 1), exchange).view_as(x)
 
 
 class Stack(nn.Module):
@@ -130,10 +133,12 @@ class Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.num_layers))
 
-    def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cache: torch.Tensor | None = None, *, exchange: Exchange = host_link
+    ) -> torch.Tensor:
         """`x` is [B, S, hidden]: prefill; with `cache` [B, L, kv_rank], and S = 1: decode."""
         for layer in self.layers:
-            x = layer(x, cache)
+            x = layer(x, cache, exchange)
         return x
 
 

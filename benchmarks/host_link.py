@@ -1,9 +1,8 @@
 """A comm op for a single GPU: rows go to pinned host memory and back on the copy engines, as if to other ranks.
 
-This is a stand-in. It moves as many bytes as the exchange of one rank among many with evenly routed tokens (what it sends
-out equals what it gets back), at the speed of PCIe 5 x16, which is about that of one 400 Gb/s network card. It takes no
-multiprocessors, as a network card takes none; NCCL would take some. Registered through the public extension point,
-and can be captured. On a CPU it is a copy.
+This is a stand-in. It moves as many bytes as the exchange of one rank among many with evenly routed tokens (as many
+come as go), at the speed of PCIe 5 x16, which is about that of one 400 Gb/s network card. It takes no multiprocessors;
+NCCL would take some. Registered through the public extension point, and can be captured. On a CPU it is a copy.
 """
 
 from __future__ import annotations

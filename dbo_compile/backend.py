@@ -36,9 +36,10 @@ from dbo_compile.passes.sync import sync
 from dbo_compile.report import Levels, Report, add_report, reports
 from dbo_compile.rules.collectives import comm_op
 from dbo_compile.runtime.agree import CPU, Agreement, agreement_over
-from dbo_compile.runtime.engine import Engine, Follower, Programs, Whole
+from dbo_compile.runtime.engine import Engine, Follower
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.signature import Signature, TokenInput
+from dbo_compile.runtime.ways import Programs, Whole
 
 setup_from_environment()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from inspect import signature
 from pathlib import Path
 from types import CellType, FunctionType
@@ -29,7 +29,7 @@ from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
 from torch._inductor.fx_utils import FakeTensorUpdater
 from torch._inductor.virtualized import V
 from torch._logging import trace_structured
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd import profiler
 from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
@@ -202,6 +202,8 @@ class SegmentShapes:
 
 def segment_inductor(gm: fx.GraphModule, inputs: Sequence[Any], shapes: SegmentShapes) -> Compiled:
     """Compile one segment; `inputs` are fake values of `shapes`."""
+    for node in gm.graph.nodes:
+        node.meta.pop("unbacked_bindings", None)  # of another shape environment, whose numbers would be looked up here
     FakeTensorProp(gm, mode=shapes.mode).propagate_dont_convert_inputs(*inputs)
     for placeholder, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         placeholder.meta["val"] = value  # torch 2.11 leaves the value of a symbolic placeholder stale
@@ -237,12 +239,20 @@ def aten_op_names() -> list[str]:
 _data_ptrs_equal = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # in builds for CUDA alone
 
 
-def same_addresses(tensors: Sequence[Any], addresses: list[int], indices: list[int]) -> bool:
-    """Whether the tensors at `indices` lie at `addresses`. A model has many weights: not a loop, where possible."""
+def same_addresses(tensors: list[Any], addresses: list[int | None], indices: list[int]) -> bool:
+    """Whether the tensors at `indices` lie at their `addresses`. A model has many weights: no loop, where possible."""
     if _data_ptrs_equal is not None:
-        wanted = dict(zip(indices, addresses, strict=True))
-        return bool(_data_ptrs_equal(list(tensors), [wanted.get(i) for i in range(len(tensors))], indices))
-    return all(tensors[i].data_ptr() == address for i, address in zip(indices, addresses, strict=True))
+        return bool(_data_ptrs_equal(tensors, addresses, indices))
+    return all(tensors[i].data_ptr() == addresses[i] for i in indices)
+
+
+def stop_recording(device: torch.device, pool: Any) -> None:
+    """End what a capture that was invalidated leaves behind before torch 2.12: an allocator that goes on recording.
+
+    It would abort the process at the next chance to give memory back.
+    """
+    with suppress(RuntimeError):  # it is not recording: later versions end it themselves
+        torch._C._cuda_endAllocateToPool(device.index, pool)
 
 
 def gemm_sms_left_free() -> int | None:
@@ -260,7 +270,7 @@ class Symmetric:
 
     def __init__(self, group_name: str, device: torch.device) -> None:
         if not symmetric_memory.is_nvshmem_available():
-            raise RuntimeError(f"this PyTorch has no NVSHMEM for {device}, which an exchange of device-side sizes needs")
+            raise RuntimeError(f"this PyTorch has no NVSHMEM for {device}, which exchanges of device-side sizes need")
         if symmetric_memory.get_backend(device) != "NVSHMEM":
             symmetric_memory.set_backend("NVSHMEM")  # before the first memory of this kind in the process
         self.group_name = group_name
@@ -269,7 +279,7 @@ class Symmetric:
     def empty(self, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Memory of the same size on every rank; all of them must ask for it at the same place."""
         made = symmetric_memory.empty(*sizes, dtype=dtype, device=self.device)
-        symmetric_memory.rendezvous(made, group=self.group_name)
+        symmetric_memory.rendezvous(made, group=cast("Any", self.group_name))
         return made
 
 
@@ -303,6 +313,12 @@ def is_profiling() -> bool:
 def compile_id() -> str:
     """What Dynamo and tlparse call the compilation that goes on, e.g. `0/1`; "" for none."""
     return str(CompileContext.current_compile_id() or "")
+
+
+def without_fake_tensors() -> AbstractContextManager[None]:
+    """While it lasts, real tensors may be used inside of a compilation."""
+    context: AbstractContextManager[None] = unset_fake_temporarily()
+    return context
 
 
 def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:

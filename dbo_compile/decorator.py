@@ -48,7 +48,7 @@ def dbo(target: Any = None, /, *, token_dims: Mapping[str, int], **options: Any)
         return functools.partial(dbo, token_dims=token_dims, **options)
     config = Config.from_options({**options, "token_dims": token_dims})
     if isinstance(target, type) and issubclass(target, nn.Module):
-        target.forward = Forward(target.forward, config)  # type: ignore[method-assign, assignment]
+        target.forward = Forward(target.forward, config)  # type: ignore[assignment]
         return target
     if isinstance(target, nn.Module):
         target.forward = Steps(target.forward, config)

@@ -126,24 +126,28 @@ class _Watch:
 
     def _write(self) -> None:
         try:
-            levels: list[Written] = []
-            if not self.links or self.report.levels is not self.written:  # the gate may have had it compiled again
-                levels = _levels(self.report)
-                self.links, self.written = [(file.name, file.what) for file in levels], self.report.levels
-            facts = {"rank": rank() or 0, "graph": self.number, "compile_id": self.compile_id}
-            results = _results(self.report, self.calls, facts=facts, links=self.links)
-            _written(self.root.inside(f"rank{rank() or 0}/graph{self.number}"), [*levels, *results])
-            _write_index(self.root)
+            with compat.without_fake_tensors():
+                self._write_all()
         except Exception as error:  # to see less of a run is no reason to break it
             warn_once(str(self.root.path), "cannot dump to %s: %s", self.root.path, error)
+
+    def _write_all(self) -> None:
+        levels: list[Written] = []
+        if not self.links or self.report.levels is not self.written:  # the gate may have had it compiled again
+            levels = _levels(self.report)
+            self.links, self.written = [(file.name, file.what) for file in levels], self.report.levels
+        facts = {"rank": rank() or 0, "graph": self.number, "compile_id": self.compile_id}
+        results = _results(self.report, self.calls, facts=facts, links=self.links)
+        _written(self.root, [*levels, *results], under=f"rank{rank() or 0}/graph{self.number}/")
+        _write_index(self.root)
 
 
 def _is_split(call: Call) -> bool:
     return any(i.microbatch is not None for i in call.timeline.intervals)
 
 
-def _written(folder: Folder, files: Sequence[Written]) -> list[Path]:
-    return [folder.write(file.name, file.content) for file in files]
+def _written(folder: Folder, files: Sequence[Written], under: str = "") -> list[Path]:
+    return [folder.write(under + file.name, file.content) for file in files]
 
 
 def _levels(report: Report) -> list[Written]:
@@ -175,7 +179,8 @@ def _generated(levels: Levels) -> Iterator[Written]:
 def _results(
     report: Report, calls: Sequence[Call], *, facts: dict[str, Any] | None = None, links: Sequence[tuple[str, str]] = ()
 ) -> list[Written]:
-    """What changes with the calls: charts, the report, the page."""
+    """What changes with the calls, split ones if there are any: charts, the report, the page."""
+    calls = list(filter(_is_split, calls)) or calls
     data = {**report.to_dict(), "measured": [times(call.timeline) for call in calls], **(facts or {})}
     data["versions"] = _versions()
     charts = _charts(report.levels, calls) if report.levels else []
@@ -190,10 +195,10 @@ def _results(
 
 
 def _charts(levels: Levels, calls: Sequence[Call]) -> list[Chart]:
-    """The prediction, and the last call that was split; if there is none, the last one."""
+    """The prediction, and the last call."""
     paths, arrows = levels.paths, handovers(levels.program)
     charts = [Chart(f"predicted for {NUM_ROWS} rows, modelled costs", levels.timeline, arrows, paths)]
-    for call in (list(filter(_is_split, calls)) or list(calls))[-1:]:
+    for call in calls[-1:]:
         tokens = f", {call.num_tokens} tokens" if call.num_tokens else ""
         how = "" if _is_split(call) else ", not split"
         charts.append(Chart(f"measured{tokens}{how}", call.timeline, arrows, paths))

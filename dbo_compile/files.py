@@ -32,6 +32,3 @@ class Folder:
         finally:
             half.unlink(missing_ok=True)
         return path
-
-    def inside(self, name: str) -> Folder:
-        return Folder(self.path / name)

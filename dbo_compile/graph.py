@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -100,6 +100,12 @@ def flat(args: Any) -> list[Any]:
     return leaves
 
 
+def named_args(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`args` and `kwargs` for the op that `node` calls, all by name."""
+    names = [arg.name for arg in cast("Any", node.target)._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 def has_tag(node: fx.Node, tag: torch.Tag) -> bool:
     return tag in getattr(node.target, "tags", ())
 
@@ -135,6 +141,15 @@ def shares_input(node: fx.Node) -> bool:
     return origin.op == "placeholder" and _is_written(origin)
 
 
+def is_returned_view(node: fx.Node) -> bool:
+    """Whether the graph returns a view of an argument: it must lie in memory as that does, offset and all."""
+    if node.op == "placeholder" or not any(u.op == "output" for u in node.users):
+        return False
+    origin = base(node)
+    becomes_argument = any(u.target is torch.ops.aten.copy_.default and u.args[1] is origin for u in origin.users)
+    return origin is not node and (origin.op == "placeholder" or becomes_argument)
+
+
 def _is_written(node: fx.Node) -> bool:
     """Whether something writes the memory of `node`, through whichever view of it."""
     views = [u for u in node.users if u.target is operator.getitem or node in viewed(u)]
@@ -151,6 +166,12 @@ def is_dense(val: torch.Tensor) -> bool:
             return False
         expected *= expression(size)
     return True
+
+
+def stride_order(val: torch.Tensor) -> list[int]:
+    """The dims of a tensor, the outermost in memory first, in the call that was traced."""
+    strides = val.stride()
+    return sorted(range(val.ndim), key=lambda d: -_hint(strides[d]))
 
 
 def lies_together(val: torch.Tensor, dim: int) -> bool:

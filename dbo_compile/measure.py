@@ -59,7 +59,11 @@ def _players(graphs: Sequence[Report], keep: Callable[[int, Timeline], None]) ->
 
 
 def timed(player: Player, keep: Keep) -> Player:
-    """`player`, which also hands the rows and the timeline of each call to `keep`."""
+    """`player`, which also hands the rows and the timeline of each call to `keep`.
+
+    A player that replays recordings has another one under it, which plays step by step: that one is timed.
+    """
+    player = getattr(player, "player", player)
 
     def play(module: Callable[..., Any], rows: Sequence[int], args: Sequence[Any]) -> tuple[Any, ...]:
         clocks: list[_Clock] = []
@@ -69,7 +73,7 @@ def timed(player: Player, keep: Keep) -> Player:
             return clocks[-1].play
 
         results = player(around_steps(module, begin), rows, args)
-        for clock in clocks:  # none where the player played a recording
+        for clock in clocks:
             keep(rows, Timeline(tuple(clock.intervals())))
         return results
 

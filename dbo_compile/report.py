@@ -178,7 +178,7 @@ def save_decisions(path: str | os.PathLike[str]) -> None:
 
     Every rank finds the same, so one file, written by one rank, serves all of them.
     """
-    graphs = {r.engine.programs.fingerprint: r.decisions for r in reports() if r.engine and r.decisions}
+    graphs = {r.engine.ways.programs.fingerprint: r.decisions for r in reports() if r.engine and r.decisions}
     Path(path).write_text(decisions_text(graphs))
 
 

@@ -1,8 +1,8 @@
-"""Token exchange of expert parallelism whose sizes never leave the device: exact like `exchange_exact`, and capturable.
+"""Token exchange of expert parallelism whose sizes never leave the device: exact, and can be captured.
 
-Built on `symm_mem.all_to_all_vdev_2d`: kernels read the numbers of rows and fetch the rows from peers by NVSHMEM. The two
-ops here are functional. They keep the memory that peers reach to themselves, so microbatches do not order each other
-by writing to it.
+Built on `symm_mem.all_to_all_vdev_2d`: kernels read the numbers of rows and fetch the rows from peers by NVSHMEM. The
+two ops here are functional. They keep the memory that peers reach to themselves, so microbatches do not order each
+other by writing to it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def exchange_device(
 
 @torch.library.custom_op("dbo_compile::dispatch_rows", mutates_args=())
 def dispatch_rows(
-    rows: torch.Tensor, sent: torch.Tensor, num_ranks: int, group: str
+    rows: torch.Tensor, sent: torch.Tensor, num_ranks: int, group_name: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bring `rows` [N, H], sorted by expert, `sent[e]` of them for expert e, to the ranks of their experts.
 
@@ -79,36 +79,36 @@ def dispatch_rows(
     """
     num_local = sent.numel() // num_ranks
     room = rows.size(0) * num_ranks + num_local
-    buffers = _buffers(group, rows, rows.size(0), room, sent.numel())
+    buffers = _buffers(group_name, rows, rows.size(0), room, sent.numel())
     source, out, where = buffers.next_source(), buffers.arrived, buffers.next_where()
     source[: rows.size(0)].copy_(rows)
     buffers.sizes.copy_(sent)
-    symm_mem.all_to_all_vdev_2d(source, out, buffers.sizes, where, group)
+    symm_mem.all_to_all_vdev_2d(source, out, buffers.sizes, where, group_name)
     where = where.clone()
     return out[:room].clone(), _expert_of_each_row(where, room, num_local, num_ranks), where
 
 
 @dispatch_rows.register_fake
 def _(
-    rows: torch.Tensor, sent: torch.Tensor, num_ranks: int, group: str
+    rows: torch.Tensor, sent: torch.Tensor, num_ranks: int, group_name: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     room = rows.size(0) * num_ranks + sent.size(0) // num_ranks
     return rows.new_empty(room, rows.size(1)), sent.new_empty(room), sent.new_empty(2, sent.size(0))
 
 
 @torch.library.custom_op("dbo_compile::combine_rows", mutates_args=())
-def combine_rows(rows: torch.Tensor, where: torch.Tensor, num_rows: int, group: str) -> torch.Tensor:
+def combine_rows(rows: torch.Tensor, where: torch.Tensor, num_rows: int, group_name: str) -> torch.Tensor:
     """Bring rows back to the ranks they came from, in the order in which those sent them [num_rows, H']."""
-    buffers = _buffers(group, rows, num_rows, rows.size(0), where.size(1))
+    buffers = _buffers(group_name, rows, num_rows, rows.size(0), where.size(1))
     source = buffers.next_back()
     source[: rows.size(0)].copy_(rows)
     buffers.sizes_back.copy_(where)
-    symm_mem.all_to_all_vdev_2d_offset(source, buffers.returned, buffers.sizes_back, buffers.next_where(), group)
+    symm_mem.all_to_all_vdev_2d_offset(source, buffers.returned, buffers.sizes_back, buffers.next_where(), group_name)
     return buffers.returned[:num_rows].clone()
 
 
 @combine_rows.register_fake
-def _(rows: torch.Tensor, where: torch.Tensor, num_rows: int, group: str) -> torch.Tensor:
+def _(rows: torch.Tensor, where: torch.Tensor, num_rows: int, group_name: str) -> torch.Tensor:
     return rows.new_empty(num_rows, rows.size(1))
 
 
@@ -201,8 +201,8 @@ def _buffers(group: str, rows: torch.Tensor, num_rows: int, room: int, num_exper
     if not made or made[-1].num_rows < num_rows or made[-1].room < room:
         if is_capturing():
             raise RuntimeError(
-                f"an exchange of {num_rows} rows needs more memory that peers reach than there is, and a capture cannot "
-                "make it: play the largest size once before"
+                f"an exchange of {num_rows} rows needs more memory that peers reach than there is, and a capture "
+                "cannot make it: play the largest size once before"
             )
         memory = compat.Symmetric(group, rows.device)
         made.append(_Buffers(memory, num_rows, room, num_experts, rows.size(1), rows.dtype))

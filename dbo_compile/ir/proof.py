@@ -89,7 +89,9 @@ class _Contents:
         if tuple(values[v] for v in segment.writes) != run.writes:
             raise InvalidProgram(f"does not say what it writes; expected {', '.join(segment.writes) or 'nothing'}")
         for value, reg in values.items():
-            if self.holds[reg] not in self._expected(value, run.microbatch):
+            if value in segment.prefix and run.microbatch is not None:
+                self._check_prefix(value, reg, run.microbatch)
+            elif self.holds[reg] not in self._expected(value, run.microbatch):
                 raise InvalidProgram(f"reads {reg}, which is not {value} for {_whom(run.microbatch)}")
         self.holds.update({reg: (value, run.microbatch) for reg, value in zip(run.outs, segment.outputs, strict=True)})
 
@@ -98,6 +100,12 @@ class _Contents:
         if value in self.split:
             return [(value, microbatch)]
         return [(value, None), (value, self.program.num_microbatches - 1 if microbatch is None else microbatch)]
+
+    def _check_prefix(self, value: str, reg: Reg, microbatch: int) -> None:
+        last = microbatch == self.program.num_microbatches - 1
+        expected = (value, 0) if not microbatch else (value, None) if last else (_up_to(value, microbatch), None)
+        if self.holds[reg] != expected:
+            raise InvalidProgram(f"reads {reg}, which is not {value} for microbatches 0 to {microbatch}")
 
     def _slice(self, instr: Slice) -> None:
         value, microbatch = self.holds[instr.src]
@@ -108,10 +116,16 @@ class _Contents:
 
     def _join(self, instr: Join) -> None:
         value, _ = self.holds[instr.srcs[0]]
-        if [self.holds[reg] for reg in instr.srcs] != [(value, m) for m in range(self.program.num_microbatches)]:
-            raise InvalidProgram(f"does not join {value} of all microbatches; expected each once, in order")
+        if [self.holds[reg] for reg in instr.srcs] != [(value, m) for m in range(len(instr.srcs))]:
+            raise InvalidProgram(f"does not join {value} of all microbatches (or the first of them), each once, in order")
         self.split.add(value)
-        self.holds[instr.out] = (value, None)
+        is_whole = len(instr.srcs) == self.program.num_microbatches
+        self.holds[instr.out] = (value if is_whole else _up_to(value, len(instr.srcs) - 1), None)
+
+
+def _up_to(value: str, microbatch: int) -> str:
+    """The name of what the microbatches up to one have of a value; no value has it."""
+    return f"{value} up to {microbatch}"
 
 
 def _whom(microbatch: int | None) -> str:
@@ -179,4 +193,5 @@ class _Steps:
 
     def _needed(self, needed: Segment, step: Step) -> tuple[Step, ...]:
         n = self.program.num_microbatches
-        return needed_steps(needed, step, n) if n > 1 else (Step(needed.name),)
+        prefix = self.program.segments[step.segment].prefix
+        return needed_steps(needed, step, n, prefix) if n > 1 else (Step(needed.name),)

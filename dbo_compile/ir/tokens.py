@@ -138,6 +138,7 @@ class Ruling:
     `local_positions`: the op reads its `Split(position)` arguments as row numbers inside the microbatch.
     `paged`: what the op writes into state that all tokens share belongs to its own requests, so that microbatches that
     have none in common may do so in any order. `whole_requests`: it is right only if they have none in common.
+    `prefix`: the positions of arguments of which it needs the rows of earlier microbatches, too.
     """
 
     place: Placement | tuple[Placement, ...]
@@ -145,6 +146,7 @@ class Ruling:
     local_positions: bool = False
     paged: bool = False
     whole_requests: bool = False
+    prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,8 @@ class TokenMap:
     `places` has a placement for each value (a tuple for an op with several results), `barriers` the reason for each
     op that is played once on all tokens, `obligations` what is taken on trust and by which op, `localised` the ops
     that read positions as row numbers inside the microbatch, `paged` those that write to places of their own requests
-    only, `whole_requests` those for whose sake no request may have tokens in two microbatches.
+    only, `whole_requests` those for whose sake no request may have tokens in two microbatches. `prefixes` has for an op
+    the values of which it reads the rows of its own and of all earlier microbatches.
     """
 
     places: Mapping[fx.Node, Placement | tuple[Placement, ...]]
@@ -163,3 +166,4 @@ class TokenMap:
     localised: Mapping[fx.Node, None]
     paged: Mapping[fx.Node, None] = field(default_factory=dict)
     whole_requests: Mapping[fx.Node, None] = field(default_factory=dict)
+    prefixes: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)

@@ -16,7 +16,8 @@ def verify_schedule(schedule: Schedule) -> None:
     done: set[Step] = set()
     for at, step in enumerate(schedule.steps):
         for name, why in needs[step.segment].items():
-            for needed in needed_steps(schedule.segments[name], step, n):
+            prefix = schedule.segments[step.segment].prefix
+            for needed in needed_steps(schedule.segments[name], step, n, prefix):
                 if needed not in done:
                     raise _error(schedule, at, f"{step} must come after {needed}: {why}")
         done.add(step)

@@ -8,7 +8,7 @@ the graph.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -54,7 +54,7 @@ def analyze(
     `whole` holds ops that are to be barriers whatever their rule says, each with the reason. `given` are the inputs of
     which each microbatch has a value of its own; the symbols in their sizes are such numbers, too.
     """
-    whole = dict(whole)
+    whole = {**returned_views(graph), **whole}
     numbers = given_numbers(graph, given, symbols)
     while True:
         walk = _Walk(token_dims, dict.fromkeys(symbols, TOKENS), whole, {**given, **numbers})
@@ -62,10 +62,22 @@ def analyze(
             walk.visit(node)
         arrangers = walk.arrangers()
         if not arrangers.keys() - whole.keys():
-            return TokenMap(
-                walk.places, walk.barriers, walk.obligations, walk.localised, walk.paged, walk.whole_requests
-            )
+            return walk.token_map()
         whole |= arrangers
+
+
+def returned_views(graph: fx.Graph) -> dict[fx.Node, str]:
+    """The ops that make views of arguments which the graph returns, each with the reason why they are played once.
+
+    AOTAutograd hands out a view of the argument itself, and reads off our result how that lies in memory.
+    """
+    views: dict[fx.Node, str] = {}
+    for node in filter(g.is_returned_view, g.body(graph)):
+        while (g.viewed(node) and not g.written(node)) or node.target is operator.getitem:
+            if node.target is not operator.getitem:
+                views[node] = f"{node.name} is part of a result that is a view of an argument"
+            node = g.flat(node.args)[0]
+    return views
 
 
 class _Walk:
@@ -88,8 +100,14 @@ class _Walk:
         self.localised: dict[fx.Node, None] = {}
         self.paged: dict[fx.Node, None] = {}
         self.whole_requests: dict[fx.Node, None] = {}
+        self.prefixes: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.needed_whole: dict[fx.Node, str] = {}
         self.region = _Regions()
+
+    def token_map(self) -> TokenMap:
+        return TokenMap(
+            self.places, self.barriers, self.obligations, self.localised, self.paged, self.whole_requests, self.prefixes
+        )
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -157,6 +175,8 @@ class _Walk:
             self.paged[node] = None
         if ruling.whole_requests:
             self.whole_requests[node] = None
+        if ruling.prefix:
+            self.prefixes[node] = _prefix(node, ruling.prefix)
         if isinstance(ruling.place, tuple):
             return tuple(_named(p, node) for p in ruling.place)
         return _named(ruling.place, node)
@@ -236,6 +256,16 @@ class _Regions:
 def draws_random_numbers(node: fx.Node) -> bool:
     """By its tag; an op that may or may not (attention with dropout) has a rule, which refuses where it does."""
     return g.has_tag(node, torch.Tag.nondeterministic_seeded) and rule_of(node.target) is None
+
+
+def _prefix(node: fx.Node, positions: Sequence[int]) -> tuple[fx.Node, ...]:
+    """The arguments of which `node` reads the rows of earlier microbatches as well."""
+    found = tuple(n for i in positions if isinstance(n := node.args[i], fx.Node))
+    if any(arg in found for i, arg in enumerate(node.args) if i not in positions):
+        raise CannotSplit("it attends from rows to those same rows")
+    if any(user.target is operator.getitem and user.args[1] != 0 and user.users for user in node.users):
+        raise CannotSplit("more than its output is read")
+    return found
 
 
 def _is_local(place: Placement | tuple[Placement, ...]) -> bool:

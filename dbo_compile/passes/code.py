@@ -6,6 +6,7 @@ arithmetic on those numbers, row numbers those of the whole step.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +20,8 @@ from dbo_compile import graph as g
 from dbo_compile.ir.schedule import ROWS, START
 from dbo_compile.ir.tokens import TOKENS, Split, TokenMap
 from dbo_compile.passes.cut import Kind
+from dbo_compile.passes.layout import dense_strides, laid_out, order_of
+from dbo_compile.passes.prefix import attend_to_prefix
 from dbo_compile.rules.collectives import comm_op, is_wait
 
 aten = torch.ops.aten
@@ -68,20 +71,18 @@ class Numbers:
         """How a code sees a value that comes in: results of other codes are dense."""
         val = g.value(node)
         sizes = tuple(map(self.expr, val.shape))
-        strides = _contiguous(sizes) if is_made_dense(node) else tuple(map(self.expr, val.stride()))
+        strides = dense_strides(sizes, order_of(val)) if is_made_dense(node) else tuple(map(self.expr, val.stride()))
         return TensorArg(sizes, strides, val)
 
 
 def is_made_dense(node: fx.Node) -> bool:
     """Whether a result is copied before it leaves its code: pieces of it could not be joined to the layout it has.
 
-    Memory that is written in place is never copied.
+    Memory that is written in place is never copied, nor a view of an argument that the graph returns.
     """
-    return node.op != "placeholder" and not g.shares_input(node) and not g.is_dense(g.value(node))
-
-
-def _contiguous(sizes: tuple[sympy.Expr, ...]) -> tuple[sympy.Expr, ...]:
-    return tuple(sympy.Mul(*sizes[d + 1 :]) for d in range(len(sizes)))
+    if node.op == "placeholder" or g.shares_input(node) or g.is_returned_view(node):
+        return False
+    return not g.is_dense(g.value(node))
 
 
 def is_numbered(node: fx.Node, tokens: TokenMap) -> bool:
@@ -112,12 +113,22 @@ class Copier:
             return
         if g.copies_to_host(node) and kwargs.get("non_blocking"):  # the host reads it next, to join it with others
             kwargs = {**kwargs, "non_blocking": False}
+        if node in self.tokens.prefixes:
+            self.new[node] = self._attend_to_prefix(node, g.named_args(node, args, kwargs))
+            return
+        if node.target is operator.getitem and node.args[0] in self.tokens.prefixes:  # the only result that is read
+            self.new[node] = args[0]
+            return
         new = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
         if is_numbered(node, self.tokens):  # counted from the first row of the step, not of the microbatch
             new = self.graph.call_function(aten.add.Tensor, (new, self._rows_before(node)))
         self.new[node] = new
         if g.is_symbolic_number(node) and (symbol := self.numbers.expr(g.value(node))).is_Symbol:
             self.number[symbol] = new
+
+    def _attend_to_prefix(self, node: fx.Node, args: Mapping[str, Any]) -> fx.Node:
+        rows, before, keys = (self._number(expr) for expr in (TOKENS, BEFORE, BEFORE + TOKENS))
+        return attend_to_prefix(self.graph, node, args, rows, before, keys)
 
     def _started(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
         """A collective is handed to the lanes; waiting for it is the program's business, not the code's."""
@@ -131,9 +142,7 @@ class Copier:
     def result(self, node: fx.Node) -> fx.Node:
         if g.is_symbolic_number(node) or not is_made_dense(node):
             return self.new[node]
-        return self.graph.call_function(
-            aten.clone.default, (self.new[node],), {"memory_format": torch.contiguous_format}
-        )
+        return laid_out(self.graph, self.new[node], order_of(g.value(node)))
 
     def _argument(self, node: fx.Node, *, here: bool) -> Any:
         if g.is_symbolic_number(node):

@@ -103,7 +103,7 @@ class _Cutter:
         keyed: dict[tuple[object, ...], list[fx.Node]] = defaultdict(list)
         for node in self.nodes:
             mode = self.mode[node]
-            alone = self.index[_maker(node)] if mode.kind is Kind.COMM else -1
+            alone = self.index[_maker(node)] if mode.kind in (Kind.COMM, Kind.PLAIN) else -1
             keyed[level[node], alone, mode, feeds[node]].append(node)
         first = {key: (key[0], not key[3], self.index[nodes[0]]) for key, nodes in keyed.items()}
         return [self._group(keyed[key]) for key in sorted(keyed, key=first.__getitem__)]
@@ -142,6 +142,8 @@ class _Cutter:
         if g.is_symbolic_number(node) and not g.reads_number(node):  # a result, for all tokens
             return Mode(Kind.COMPUTE, per_microbatch=False)
         kind = Kind.COMM if comm_op(node.target) else Kind.HOST if node in self.host else Kind.COMPUTE
+        if node in self.tokens.prefixes:  # alone: of some inputs it reads other rows than all else does
+            kind = Kind.PLAIN
         places = [self.tokens.places[n] for n in (node, *node.all_input_nodes)]
         return Mode(kind, node not in self.tokens.barriers and not all(isinstance(p, Shared) for p in places))
 

@@ -54,7 +54,8 @@ class _Lowering:
         self.made.update(makes(instr))
 
     def play(self, segment: Segment, microbatch: int | None) -> None:
-        ins = {value: self.read(value, microbatch) for value in segment.inputs}
+        ins = {value: self.read(value, microbatch) for value in segment.inputs if value not in segment.prefix}
+        ins |= {value: self.read_prefix(value, microbatch) for value in segment.prefix}
         outs = tuple(v if microbatch is None else f"{v}#{microbatch}" for v in segment.outputs)
         writes = tuple(ins[v] for v in segment.writes)
         if lost := [v for v in segment.writes if ins[v] in self.joined.values()]:
@@ -92,6 +93,17 @@ class _Lowering:
                 way = "joined" if microbatch is None else "split"
                 raise InvalidSchedule(f"{value} is {place}, so it cannot be {way}")
         raise AssertionError("all placements are covered")
+
+    def read_prefix(self, value: str, microbatch: int | None) -> Reg:
+        """The register that holds the rows of `value` of all microbatches up to one."""
+        if not microbatch or microbatch == self.num_microbatches - 1:
+            return self.read(value, microbatch if microbatch == 0 else None)
+        reg = f"{value}@to{microbatch}"
+        if reg not in self.made:
+            place = self.places[value]
+            assert isinstance(place, Split), f"{value} is {place}, so it has no rows of earlier microbatches"
+            self.add(Join(tuple(self.read(value, m) for m in range(microbatch + 1)), place.dim, reg))
+        return reg
 
     def _number(self, which: str, microbatch: int | None) -> Reg:
         rows, start = (n if microbatch is None else f"{n}#{microbatch}" for n in (ROWS, START))

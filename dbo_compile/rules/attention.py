@@ -1,17 +1,19 @@
 """Attention, and ops that normalise along dims: what they relate must lie within one token, or one sequence.
 
-The fused attention ops take (batch, heads, sequence, features): tokens may be in the batch alone.
+The fused attention ops take (batch, heads, sequence, features): tokens are in the batch, or, where a causal mask hides
+later tokens, in the sequence: then a microbatch attends to its own rows and to those of earlier ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from dbo_compile.errors import CannotSplit
-from dbo_compile.ir.tokens import Local, Placement, Shared, Split, Value
+from dbo_compile.ir.tokens import TOKENS, Local, Placement, Ruling, Shared, Split, Value
 from dbo_compile.rules.contract import refuse_tokens
 from dbo_compile.rules.create import Size
 from dbo_compile.rules.pointwise import carried, renewed, tensors
@@ -22,7 +24,9 @@ aten = torch.ops.aten
 DIMS = ("batch", "heads", "sequence", "features")
 
 
-def _attend(query: Value, key: Value, value: Value, mask: Value | None, dropout_p: float, **options: Any) -> Split:
+def _attend(
+    query: Value, key: Value, value: Value, mask: Value | None, dropout_p: float, is_causal: bool, **options: Any
+) -> Ruling:
     tensors([*options.values()])
     if dropout_p:
         raise CannotSplit("it draws random numbers: their order would depend on the split")
@@ -34,10 +38,19 @@ def _attend(query: Value, key: Value, value: Value, mask: Value | None, dropout_
         raise CannotSplit("its queries, keys and values do not carry tokens alike")
     if dims == {None}:
         raise CannotSplit("its mask carries tokens, but its queries, keys and values do not")
+    is_sequence = all(v.ndim == len(DIMS) and v.dim == 2 and v.sizes[2] == TOKENS for v in carriers)
+    if is_sequence and is_causal and mask is None:
+        return Ruling(Split(2), prefix=(1, 2))
     if query.dim != 0 or query.ndim != len(DIMS):
         raise CannotSplit(f"its tokens are in the {DIMS[carried(query) - query.ndim]} dim, and it relates them")
     _check_mask(query, mask)
-    return Split(0)
+    return Ruling(Split(0))
+
+
+def _with(ruling: Ruling, *others: Placement) -> Ruling:
+    """The ruling of an op that gives the output, the sums behind it (as long as the output), and `others`."""
+    assert not isinstance(ruling.place, tuple)
+    return replace(ruling, place=(ruling.place, ruling.place, *others))
 
 
 def _check_mask(query: Value, mask: Value | None) -> None:
@@ -52,71 +65,70 @@ def _check_mask(query: Value, mask: Value | None) -> None:
 
 @rule(aten.scaled_dot_product_attention.default)
 def attention(
-    query: Value, key: Value, value: Value, attn_mask: Value | None = None, dropout_p: float = 0.0, *_: Any,
-    **options: Any,
-) -> Placement:  # fmt: skip
-    return _attend(query, key, value, attn_mask, dropout_p, **options)
+    query: Value, key: Value, value: Value, attn_mask: Value | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, **options: Any,
+) -> Ruling:  # fmt: skip
+    return _attend(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
 
 @rule(aten._scaled_dot_product_attention_math.default, aten._scaled_dot_product_attention_math_for_mps.default)
 def attention_math(
     query: Value, key: Value, value: Value, attn_mask: Value | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, dropout_mask: Value | None = None, **options: Any,
-) -> tuple[Placement, ...]:  # fmt: skip
+) -> Ruling:  # fmt: skip
     """Gives the output and the attention weights."""
     if dropout_mask is not None:
         raise CannotSplit("it drops elements by a mask")
-    return (_attend(query, key, value, attn_mask, dropout_p, **options),) * 2
+    return _with(_attend(query, key, value, attn_mask, dropout_p, is_causal, **options))
 
 
 @rule(aten._scaled_dot_product_flash_attention_for_cpu.default)
 def flash_for_cpu(
     query: Value, key: Value, value: Value, dropout_p: float = 0.0, is_causal: bool = False, *,
     attn_mask: Value | None = None, **options: Any,
-) -> tuple[Placement, ...]:  # fmt: skip
+) -> Ruling:  # fmt: skip
     """Gives the output and the log of the sums."""
-    return (_attend(query, key, value, attn_mask, dropout_p, **options),) * 2
+    return _with(_attend(query, key, value, attn_mask, dropout_p, is_causal, **options))
 
 
 @rule(aten._scaled_dot_product_flash_attention.default)
 def flash(
     query: Value, key: Value, value: Value, dropout_p: float = 0.0, is_causal: bool = False,
     return_debug_mask: bool = False, **options: Any,
-) -> tuple[Placement, ...]:  # fmt: skip
-    return _fused(_attend(query, key, value, None, dropout_p, **options), return_debug_mask)
+) -> Ruling:  # fmt: skip
+    return _fused(_attend(query, key, value, None, dropout_p, is_causal, **options), return_debug_mask)
 
 
 @rule(aten._scaled_dot_product_cudnn_attention.default)
 def cudnn(
     query: Value, key: Value, value: Value, attn_bias: Value | None, compute_log_sumexp: bool, dropout_p: float = 0.0,
     is_causal: bool = False, return_debug_mask: bool = False, **options: Any,
-) -> tuple[Placement, ...]:  # fmt: skip
-    return _fused(_attend(query, key, value, attn_bias, dropout_p, **options), return_debug_mask)
+) -> Ruling:  # fmt: skip
+    return _fused(_attend(query, key, value, attn_bias, dropout_p, is_causal, **options), return_debug_mask)
 
 
 @rule(aten._scaled_dot_product_fused_attention_overrideable.default)
 def overrideable(
     query: Value, key: Value, value: Value, attn_bias: Value | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, return_debug_mask: bool = False, **options: Any,
-) -> tuple[Placement, ...]:  # fmt: skip
-    return _fused(_attend(query, key, value, attn_bias, dropout_p, **options), return_debug_mask)
+) -> Ruling:  # fmt: skip
+    return _fused(_attend(query, key, value, attn_bias, dropout_p, is_causal, **options), return_debug_mask)
 
 
-def _fused(place: Split, return_debug_mask: bool) -> tuple[Placement, ...]:
+def _fused(ruling: Ruling, return_debug_mask: bool) -> Ruling:
     """The output, the log of the sums; sequence offsets, lengths, the state of a generator and a mask for debugging."""
     if return_debug_mask:
         raise CannotSplit("it returns a mask for debugging")
-    return place, place, *(Shared(),) * 7
+    return _with(ruling, *(Shared(),) * 7)
 
 
 @rule(aten._scaled_dot_product_efficient_attention.default)
 def efficient(
     query: Value, key: Value, value: Value, attn_bias: Value | None, compute_log_sumexp: bool, dropout_p: float = 0.0,
-    *_: Any, **options: Any,
-) -> tuple[Placement, ...]:  # fmt: skip
+    is_causal: bool = False, **options: Any,
+) -> Ruling:  # fmt: skip
     """Gives the output, the log of the sums, and the state of a generator."""
-    place = _attend(query, key, value, attn_bias, dropout_p, **options)
-    return place, place, Shared(), Shared()
+    return _with(_attend(query, key, value, attn_bias, dropout_p, is_causal, **options), Shared(), Shared())
 
 
 @rule(

@@ -91,39 +91,41 @@ class Agreement:
         with torch.inference_mode(False), self._on_stream():  # no inference tensor: those are not written outside
             self._matrix = torch.zeros(NUM_ROWS, self.size, dtype=torch.int64, device=device)
 
-    def agree(self, wish: Wish, limits: Limits) -> BatchPlan:
+    def agree(self, wish: Wish, limits: Limits, *, patient: bool = False) -> BatchPlan:
         """Wait until every rank has come to this step. Raises `Disagreement` or `RankLost`, the same on every rank.
+
+        `patient`: this rank has just compiled, and ranks that are still `busy` with that are waited for.
 
         After `agree_ahead`, `wish` must be what was announced, since the others already act on it. If it is not, this
         rank raises `Disagreement` after it has met them, and they raise its words when they next wait for it.
         """
-        started = self._ahead or self._start(wish)
+        started = self._ahead or self._start(wish, self._longest(patient))
         self._ahead = None
-        wishes = self._finish(started)
+        wishes = self._finish(started, self._longest(patient))
         if wish != started.wish:
             self._refuse(f"rank {self.rank} announced {started.wish}, but came with {wish}")
         return decide(wishes, limits)
 
     def meet(self, wish: Wish) -> None:
         """Come to a step without playing it; the others raise what `decide` makes of that."""
-        self._finish(self._ahead or self._start(wish))
+        self._finish(self._ahead or self._start(wish, self._timeout_s), self._timeout_s)
         self._ahead = None
 
     def agree_ahead(self, wish: Wish) -> None:
         """Announce the wish of the next step while this one is played; the next `agree` then hardly has to wait."""
         if self._ahead is not None:
             self._refuse(f"rank {self.rank} announced {wish} before it came to play {self._ahead.wish}")
-        self._ahead = self._start(wish)
+        self._ahead = self._start(wish, self._timeout_s)
 
     @property
     def announced(self) -> Wish | None:
         """The wish of the next step, if the others were told it ahead."""
         return self._ahead.wish if self._ahead else None
 
-    def share(self, values: Sequence[int]) -> list[tuple[int, ...]]:
+    def share(self, values: Sequence[int], *, patient: bool = False) -> list[tuple[int, ...]]:
         """The values of every rank, by rank; each rank gives as many, at the same place of its program.
 
-        Raises `RankLost`.
+        `patient` as for `agree`. Raises `RankLost`.
         """
         if self._link is None:
             return [tuple(values)]
@@ -131,8 +133,9 @@ class Agreement:
         with torch.inference_mode(False):
             matrix = torch.zeros(len(values), self.size, dtype=torch.int64)
             matrix[:, self.rank] = torch.tensor(list(values), dtype=torch.int64)
-        work = self._shared.allreduce([matrix], _options())
-        self._wait(work, f"agree in step {self.num_steps}", on_device=False)
+        longest = self._longest(patient)
+        work = self._shared.allreduce([matrix], _options(longest))
+        self._wait(work, f"agree in step {self.num_steps}", longest, on_device=False)
         return list(zip(*matrix.tolist(), strict=True))
 
     def busy(self) -> AbstractContextManager[None]:
@@ -144,12 +147,13 @@ class Agreement:
         if self._link is None:
             work.wait()
             return
-        self._wait(work, f"finish {what} of step {self.num_steps}", on_device=False)
+        self._wait(work, f"finish {what} of step {self.num_steps}", BUSY_SECONDS, on_device=False)
 
     def leave(self, why: str) -> None:
         """Tell the others that this rank comes no more, so that they need not wait for `timeout_s` to know."""
-        words = f"rank {self.rank} left: {why}"
-        self._lost = words if self._link is None else self._roll.promptly(lambda: self._roll.publish(words)) or words
+        if self._link is not None:
+            words = f"rank {self.rank} left: {why}"
+            self._lost = self._roll.promptly(lambda: self._roll.publish(words)) or words
 
     def _refuse(self, why: str) -> NoReturn:
         self.leave(why)
@@ -165,7 +169,10 @@ class Agreement:
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else self._stream
 
-    def _start(self, wish: Wish) -> _Started:
+    def _longest(self, patient: bool) -> float:
+        return max(BUSY_SECONDS, self._timeout_s) if patient else self._timeout_s
+
+    def _start(self, wish: Wish, longest: float) -> _Started:
         self._refuse_if_lost()
         self.num_steps += 1
         if self._link is None:
@@ -173,21 +180,25 @@ class Agreement:
         column = torch.tensor(wish.packed(), dtype=torch.int64, device=CPU)
         with self._on_stream():
             self._matrix.zero_()[:, self.rank] = column.to(self._matrix.device)
-            return _Started(wish, self._link.allreduce([self._matrix], _options()))
+            return _Started(wish, self._link.allreduce([self._matrix], _options(longest)))
 
-    def _finish(self, started: _Started) -> list[Wish]:
+    def _finish(self, started: _Started, longest: float) -> list[Wish]:
         if started.work is None:
             return [started.wish]
-        self._wait(started.work, f"agree on step {self.num_steps}", on_device=self._stream is not None)
+        on_device = self._stream is not None
+        self._wait(started.work, f"agree on step {self.num_steps}", longest, on_device=on_device)
         with self._on_stream():
             return [Wish.unpacked(column) for column in zip(*self._matrix.tolist(), strict=True)]
 
-    def _wait(self, work: Work, what: str, *, on_device: bool) -> None:
-        """Wait for the other ranks, and after a while call the roll too. Raises `RankLost` with its verdict."""
+    def _wait(self, work: Work, what: str, longest: float, *, on_device: bool) -> None:
+        """Wait for the other ranks, and after a while call the roll too; for `longest` seconds if they live.
+
+        Raises `RankLost` with the verdict.
+        """
         if self._lost:
             raise RankLost(self._lost)
         now = time.monotonic()
-        call = RollCall(self._roll, self.num_steps, what, now + self._timeout_s, now + BUSY_SECONDS)
+        call = RollCall(self._roll, self.num_steps, what, now + self._timeout_s, now + longest)
         seconds = min(PATIENCE_SECONDS, self._timeout_s / 2)
         while not call.is_over:
             try:
@@ -221,9 +232,9 @@ def _is_done(work: Work, seconds: float) -> bool:
         return work.is_completed() and work.wait()  # the second one raises if the work has failed
 
 
-def _options() -> AllreduceOptions:
+def _options(timeout_s: float) -> AllreduceOptions:
     options = AllreduceOptions()
-    options.timeout = timedelta(seconds=BUSY_SECONDS + GRACE_SECONDS)
+    options.timeout = timedelta(seconds=timeout_s + GRACE_SECONDS)  # a link with work under way cannot be closed
     return options
 
 

@@ -11,111 +11,23 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from dbo_compile.compat import same_addresses
 from dbo_compile.log import logger
+from dbo_compile.runtime.graphs import Captured, GraphDevice, Key, Limits, Play, Player, write
 
-Player = Callable[[Callable[..., Any], Sequence[int], Sequence[Any]], tuple[Any, ...]]
 MOST_MOVES = 3
 """How often a program is captured again because an argument that it uses in place lies elsewhere."""
 
 _capturing = threading.Lock()  # one capture at a time: a second one would end both
 
 
-class Graph(Protocol):
-    """What a device has recorded, as `torch.cuda.CUDAGraph` has it."""
-
-    def replay(self) -> None: ...
-    def reset(self) -> None: ...
-
-
-class GraphDevice(Protocol):
-    """What capturing asks of a device. All graphs share one pool of memory until `new_pool`."""
-
-    def is_capturing(self) -> bool: ...
-    def capture(self, play: Callable[[], tuple[Any, ...]]) -> tuple[Graph, tuple[Any, ...]]: ...
-    def new_pool(self) -> None: ...
-    def memory_used(self) -> int: ...
-
-
 class _TooMuchMemory(Exception):
     """Completes "it is the least useful size, and ..."."""
-
-
-class Play(NamedTuple):
-    """What a player is called with: an emitted module, the rows of each microbatch, the arguments of the graph."""
-
-    module: Callable[..., Any]
-    rows: Sequence[int]
-    args: Sequence[Any]
-
-
-class Key(NamedTuple):
-    """What a graph was captured for. `numbers` are the integers among the arguments: all sizes follow from them."""
-
-    module: int
-    rows: tuple[int, ...]
-    numbers: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"a step of {sum(self.rows)} tokens in {len(self.rows)}"
-
-
-@dataclass(frozen=True, slots=True)
-class Captured:
-    """A graph, what it reads in place (`pinned`) or after a copy (`copied`), by position, and what it leaves where.
-
-    `num_bytes` is what the device had less of after the capture: little, where the pool had room from a larger size.
-    """
-
-    graph: Graph
-    module: Callable[..., Any]
-    pinned: Mapping[int, torch.Tensor]
-    copied: Mapping[int, torch.Tensor]
-    results: tuple[Any, ...]
-    num_bytes: int
-    seconds: float
-    addresses: list[int] = field(default_factory=list)
-
-    def is_at_home(self, args: Sequence[Any]) -> bool:
-        """Whether every argument that is used in place lies where it was."""
-        return same_addresses(args, self.addresses, list(self.pinned))
-
-    def replay(self, args: Sequence[Any], *, clone: bool) -> tuple[Any, ...]:
-        for i, buffer in self.copied.items():
-            if args[i] is not buffer:
-                buffer.copy_(args[i])
-        self.graph.replay()
-        return tuple(map(self._cloned, self.results)) if clone else self.results
-
-    def _cloned(self, x: Any) -> Any:
-        is_made = isinstance(x, torch.Tensor) and all(x is not pinned for pinned in self.pinned.values())
-        return x.clone() if is_made else x
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Which arguments stay where they are: `static` ones (weights), and those `written` in place, which cannot be
-    copies. `names` are for messages. `most_bytes` is what all graphs may take (None: any number).
-
-    With `clone`, results are the caller's to keep. Without, they are valid until the program is next played for the
-    same size, and then hold what that play made.
-    """
-
-    static: frozenset[int] = frozenset()
-    written: frozenset[int] = frozenset()
-    names: Mapping[int, str] = field(default_factory=dict)
-    most_bytes: int | None = None
-    clone: bool = True
-
-    def name(self, index: int) -> str:
-        return self.names.get(index, f"argument {index}")
 
 
 class CapturePlayer:
@@ -141,7 +53,8 @@ class CapturePlayer:
     def __call__(self, module: Callable[..., Any], rows: Sequence[int], args: Sequence[Any]) -> tuple[Any, ...]:
         if self.device.is_capturing():
             return self.player(module, rows, args)
-        play, key = Play(module, rows, args), _key(module, rows, args)
+        play = Play(module, rows, args)
+        key = Key.of(play)
         self.calls[key] += 1
         if key in self.graphs:
             self._look_for_moves(key, args)
@@ -164,11 +77,11 @@ class CapturePlayer:
         plays = sorted(plays, key=lambda p: -sum(p.rows))
         with tqdm(total=len(plays), desc="dbo: capturing", disable=not sys.stderr.isatty(), leave=False) as bar:
             for play in plays:
-                self._play(_key(*play), play)
+                self._play(Key.of(play), play)
             while why := self._capture_each(plays, bar):
-                least = min(plays, key=lambda p: (self.calls[_key(*p)], -sum(p.rows)))
+                least = min(plays, key=lambda p: (self.calls[Key.of(p)], -sum(p.rows)))
                 plays.remove(least)
-                self._refuse(_key(*least), f"it is the least useful size, and {why}")
+                self._refuse(Key.of(least), f"it is the least useful size, and {why}")
                 self.release()
                 bar.reset(len(plays))
 
@@ -200,7 +113,7 @@ class CapturePlayer:
     def _capture_each(self, plays: Sequence[Play], bar: Any) -> str:
         """Capture all that can be; stops where that takes too much memory, and returns how much."""
         for play in plays:
-            key = _key(*play)
+            key = Key.of(play)
             bar.set_postfix_str(str(key))
             try:
                 self._capture(key, play, self.limits.static | self.limits.written)
@@ -246,16 +159,18 @@ class CapturePlayer:
             )
         seconds = time.perf_counter() - start
         logger.info("captured %s: %.1f MiB, %.2f s", key, num_bytes / 2**20, seconds)
-        addresses = [x.data_ptr() for x in pinned.values()]
-        return Captured(graph, play.module, pinned, copied, results, num_bytes, seconds, addresses)
+        addresses = [pinned[i].data_ptr() if i in pinned else None for i in range(len(args))]
+        return Captured(graph, pinned, copied, addresses, results, num_bytes, seconds)
 
     def _buffer(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Memory for an argument that comes from elsewhere in each call; smaller sizes lie in that of larger ones."""
         num_elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        num_elements = num_elements if x.numel() else 0
         if index not in self._room or self._room[index].numel() < num_elements:
             self._room[index] = torch.empty(num_elements, dtype=x.dtype, device=x.device)
         buffer = self._room[index].as_strided(x.shape, x.stride())
-        return buffer.copy_(x) if x.numel() else buffer
+        write(buffer, x)
+        return buffer
 
     def _check(self, play: Play) -> None:
         for i, x in enumerate(play.args):
@@ -285,10 +200,6 @@ class CapturePlayer:
         self.refused[key] = reason
         self._met.pop(key, None)
         logger.warning("%s is played uncaptured: %s", key, reason)
-
-
-def _key(module: Callable[..., Any], rows: Sequence[int], args: Sequence[Any]) -> Key:
-    return Key(id(module), tuple(rows), tuple(x for x in args if isinstance(x, int)))
 
 
 def _identity(x: Any) -> tuple[int, int]:

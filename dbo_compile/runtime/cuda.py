@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
+
+from dbo_compile import compat
 
 
 def is_capturing() -> bool:
@@ -16,13 +19,18 @@ def is_capturing() -> bool:
 class CudaGraphs:
     """Captures on one stream, into one pool of memory: graphs that share a pool must be captured on one stream.
 
-    Graphs may share memory because they are replayed one after the other, and in the order of one stream.
+    Graphs may share memory because they are replayed one after the other, and in the order of one stream. With
+    `keep_graph` the nodes of a graph can be looked at.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, keep_graph: bool = False) -> None:
         self.device = device
+        self.keep_graph = keep_graph
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+        self._one = torch.ones(1, 1, device=device)
+        with torch.cuda.stream(self.stream):  # a workspace for products on this stream that lies in no graph's memory
+            self._one = self._one @ self._one
 
     def is_capturing(self) -> bool:
         return is_capturing()
@@ -32,11 +40,26 @@ class CudaGraphs:
 
         `thread_local`: other threads, that of NCCL's watchdog among them, may do meanwhile what they always do.
         """
-        graph = torch.cuda.CUDAGraph()
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            results = play()
+        graph = torch.cuda.CUDAGraph(keep_graph=self.keep_graph)
+        before = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(before)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                results = play()
+        except BaseException:
+            torch.cuda.set_stream(before)
+            compat.stop_recording(self.device, self.pool)
+            self._capture_something()
+            raise
         return graph, results
+
+    def _capture_something(self) -> None:
+        """After a capture that failed the random number generator believes that it is captured, until one succeeds."""
+        with suppress(RuntimeError):
+            self._one.add_(1)
+            torch.cuda.synchronize(self.device)
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"):
+                self._one.add_(1)
 
     def new_pool(self) -> None:
         torch.cuda.synchronize(self.device)

@@ -63,8 +63,9 @@ class Wish:
 
     @classmethod
     def unpacked(cls, column: Sequence[int]) -> Self:
-        *sizes, split, gate, decode, program, config, valid = column
-        return cls(*sizes, bool(split), bool(gate), bool(decode), _to_hex(program), _to_hex(config), bool(valid))
+        tokens, padded, elements, *wants, program, config, is_valid = column
+        split, gate, decode = map(bool, wants)
+        return cls(tokens, padded, elements, split, gate, decode, _to_hex(program), _to_hex(config), bool(is_valid))
 
 
 NUM_ROWS = len(Wish.__slots__)

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 
 from dbo_compile.log import logger
-from dbo_compile.runtime.capture import CapturePlayer, Limits, Player
+from dbo_compile.runtime.capture import CapturePlayer
 from dbo_compile.runtime.cuda import CudaGraphs
+from dbo_compile.runtime.graphs import Limits, Player
 from dbo_compile.runtime.sms import BudgetPlayer, SetNumSms
 from dbo_compile.runtime.streams import Accelerator, StreamPlayer
 

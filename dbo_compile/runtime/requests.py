@@ -69,10 +69,14 @@ def parts_of(table: RequestTable, rows: Sequence[int]) -> tuple[Part, ...]:
     return tuple(_part(table, a, b, is_last=m == len(rows)) for m, (a, b) in bounds)
 
 
-def straddles(table: RequestTable, rows: Sequence[int]) -> bool:
-    """Whether a request has tokens in two microbatches, so that the second attends to what the first one writes."""
-    between = {*accumulate(rows[:-1])}
-    return any(cut < table.num_tokens and cut not in table.starts for cut in between)
+def straddles(table: RequestTable | None, rows: Sequence[int]) -> bool:
+    """Whether a request may have tokens in two microbatches, so that the second attends to what the first one writes.
+
+    True where nothing is known of requests.
+    """
+    return table is None or any(
+        cut < table.num_tokens and cut not in table.starts for cut in accumulate(rows[:-1])
+    )
 
 
 def candidates(table: RequestTable, n: int, *, near: float = NEAR, whole: bool = False) -> Iterator[tuple[int, ...]]:

@@ -62,12 +62,6 @@ class Signature:
             args[i] = num_rows
         return args
 
-    @property
-    def written_dims(self) -> list[int | None]:
-        """The token dim of each argument that is written in place."""
-        dims = {t.index: t.dim for t in self.token_inputs}
-        return [dims.get(i) for i in self.written]
-
     def write_back(self, args: Sequence[Any], padded: Sequence[Any]) -> None:
         """Bring what was written into padded arguments, which are copies, back to the caller's."""
         for t in self.token_inputs:

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dbo_compile.compat import gemm_sms_left_free, leave_sms_free
-from dbo_compile.runtime.capture import Player
+from dbo_compile.runtime.graphs import Player
 
 SetNumSms = Callable[[int | None], object]
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dbo_compile.errors import InvalidProgram, NotSplit
+from dbo_compile.errors import InvalidProgram
 from dbo_compile.ir.program import Begin, Program, Run
 from dbo_compile.ir.proof import verify_program
 from dbo_compile.ir.schedule import Lane, Schedule, Segment
-from dbo_compile.ir.tokens import Given, Local, Shared, Split
+from dbo_compile.ir.tokens import Given, Shared, Split
 from dbo_compile.passes.emit import emit
 from dbo_compile.passes.lower import lower
 from dbo_compile.passes.sync import sync

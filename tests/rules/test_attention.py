@@ -5,7 +5,8 @@ import torch
 
 from dbo_compile.errors import CannotSplit
 from dbo_compile.ir.tokens import TOKENS as T
-from dbo_compile.ir.tokens import Local, Shared, Split
+from dbo_compile.ir.tokens import Local, Ruling, Shared, Split
+from dbo_compile.rules.registry import RULES
 from tests.rules.truth import Whole, ask, claim, count, local, shared, tokens
 
 aten = torch.ops.aten
@@ -51,9 +52,35 @@ def test_tokens_follow(place, expected):
     assert place() == expected
 
 
+SEQUENCES = (tokens(1, 6, T, 8), *[tokens(1, 2, T, 8)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "num_others"),
+    [
+        (aten.scaled_dot_product_attention.default, (None, 0.0, True), -1),
+        (MATH, (None, 0.0, True), 0),
+        (CPU, (0.0, True), 0),
+        (FLASH, (0.0, True), 7),
+        (CUDNN, (None, False, 0.0, True), 7),
+        (OPEN, (None, 0.0, True), 7),
+        (EFFICIENT, (None, False, 0.0, True), 2),
+    ],
+    ids=lambda x: str(x) if isinstance(x, torch._ops.OpOverload) else "",
+)
+def test_causal_attention_of_a_sequence_reads_keys_and_values_of_earlier_microbatches(op, args, num_others):
+    place = Split(2) if num_others < 0 else (Split(2), Split(2), *(Shared(),) * num_others)
+    assert RULES[op](*SEQUENCES, *args) == Ruling(place, prefix=(1, 2))
+
+
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
+        (lambda: ask(CPU, *SEQUENCES, 0.0, False), "in the sequence dim, and it relates"),
+        (lambda: ask(CPU, *SEQUENCES, 0.0, True, attn_mask=shared(1, 1, 5, 5)), "in the sequence dim, and it relates"),
+        (lambda: ask(CPU, *SEQUENCES, 0.1, True), "draws random numbers"),
+        (lambda: ask(CPU, *[tokens(1, 2, 3 * T, 8)] * 3, 0.0, True), "in the sequence dim, and it relates"),
+        (lambda: ask(CPU, SEQUENCES[0], *[shared(1, 2, 5, 8)] * 2, 0.0, True), "do not carry tokens alike"),
         (lambda: ask(CPU, tokens(3, 6, T, 8), *[tokens(3, 2, T, 8)] * 2), "in the sequence dim, and it relates"),
         (lambda: ask(CPU, *[tokens(3, T, 5, 8)] * 3), "tokens are in the heads dim"),
         (lambda: ask(CPU, *[tokens(3, 2, 5, T)] * 3), "tokens are in the features dim"),

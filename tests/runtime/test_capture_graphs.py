@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dbo_compile.runtime import capture as capture_module
-from dbo_compile.runtime.capture import CapturePlayer, Limits, Play
+from dbo_compile.runtime.capture import CapturePlayer
+from dbo_compile.runtime.graphs import Limits, Play
 from dbo_compile.runtime.streams import StreamPlayer
 from tests.runtime.fake_device import FakeDevice
 
@@ -149,6 +150,15 @@ def test_inputs_of_any_layout_are_copied_right():
     assert graphs.log == ["capture", "replay", "replay", "replay"]
 
 
+def test_an_expanded_input_has_one_row_in_memory_and_an_empty_one_none():
+    for x in (lambda: torch.randn(1, 5).expand(7, 5), lambda: torch.randn(0, 5)):
+        player, graphs = setup()
+        module = Program()
+        for _ in range(4):
+            check(player, module, (len(x()),), [len(x()), WEIGHT, x()])
+        assert (graphs.log, player.refused) == (["capture", "replay", "replay", "replay"], {})
+
+
 def test_a_weight_that_moves_is_found_where_it_is_now():
     player, graphs = setup(static=frozenset({1}))
     module, weight = Program(), torch.nn.Parameter(WEIGHT.clone(), requires_grad=False)
@@ -273,6 +283,13 @@ def test_a_capture_that_fails_is_played_uncaptured_with_the_reason(error, caplog
     for _ in range(3):
         check(player, module, (11,), args_of(11))
     assert [key.rows for key in player.graphs] == [(11,)]
+
+
+def test_a_program_that_is_gone_leaves_nothing_to_one_in_its_place():
+    player, graphs = setup()
+    for _ in range(9):  # each may get the address of the last one
+        check(player, Program(), (7,), args_of(7))
+    assert graphs.log == []
 
 
 def test_an_error_of_the_program_itself_reaches_the_caller():

@@ -10,12 +10,13 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 from dbo_compile.config import Config
 from dbo_compile.errors import NotSplit
 from dbo_compile.ir.tokens import TOKENS
-from dbo_compile.runtime import engine as engine_module
+from dbo_compile.runtime import ways as ways_module
 from dbo_compile.runtime.agree import Agreement
-from dbo_compile.runtime.engine import Engine, Programs, Whole
+from dbo_compile.runtime.engine import Engine
 from dbo_compile.runtime.lanes import WorkLanes
 from dbo_compile.runtime.rows import MOST_SHIFT, Guards, find_rows
 from dbo_compile.runtime.signature import Signature, TokenInput
+from dbo_compile.runtime.ways import Programs, Whole
 
 LENGTH = sympy.Symbol("s7", integer=True, positive=True)
 
@@ -145,7 +146,7 @@ def test_an_error_in_a_program_passes_through_after_its_collectives_were_finishe
     def broken(_lanes, *_args):
         raise KeyError("mine")
 
-    monkeypatch.setattr(engine_module, "WorkLanes", Noted)
+    monkeypatch.setattr(ways_module, "WorkLanes", Noted)
     found = engine(modules={1: told, 2: broken})
     with pytest.raises(KeyError, match="mine"):
         found(torch.ones(9, 2))

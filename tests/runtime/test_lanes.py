@@ -13,7 +13,7 @@ from dbo_compile.ir.tokens import Split
 from dbo_compile.rules.registry import rule
 from dbo_compile.runtime import lanes as lanes_module
 from dbo_compile.runtime.collectives import STARTERS, Pending, c10d, start
-from dbo_compile.runtime.engine import played
+from dbo_compile.runtime.ways import played
 from dbo_compile.runtime.lanes import RowLanes, WorkLanes
 
 
@@ -212,15 +212,15 @@ def test_an_op_that_raises_leaves_no_collective_under_way_and_the_next_call_work
     made = []
 
     class Noted(WorkLanes):
-        def __init__(self, rows):
-            super().__init__(rows)
+        def __init__(self, rows, wait_for):
+            super().__init__(rows, wait_for)
             made.append(self)
 
     def fn(x):
         return fragile(funcol.all_reduce(x @ x.new_ones(5, 5), "sum", dist.group.WORLD)).sin()
 
-    monkeypatch.setattr("dbo_compile.runtime.engine.WorkLanes", Noted)
-    compiled = torch.compile(fn, backend="dbo", options={"inner": "eager"}, fullgraph=True)
+    monkeypatch.setattr("dbo_compile.runtime.ways.WorkLanes", Noted)
+    compiled = torch.compile(fn, backend="dbo", options={"inner": "eager", "gate": "never"}, fullgraph=True)
     x = torch.randn(9, 5, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), fn(x))

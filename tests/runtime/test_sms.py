@@ -8,7 +8,8 @@ import torch
 from dbo_compile import compat
 from dbo_compile.rules.collectives import comm_op, register_comm_op, sms_setters
 from dbo_compile.runtime import player as player_module
-from dbo_compile.runtime.capture import CapturePlayer, Limits
+from dbo_compile.runtime.capture import CapturePlayer
+from dbo_compile.runtime.graphs import Limits
 from dbo_compile.runtime.player import player_for
 from dbo_compile.runtime.sms import BudgetPlayer, comm_group, sm_budget
 from dbo_compile.runtime.streams import StreamPlayer

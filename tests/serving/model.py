@@ -1,4 +1,4 @@
-"""A mixture-of-experts transformer of the serving shape, in plain PyTorch: flat tokens, a paged cache, opaque attention.
+"""A mixture-of-experts transformer of the serving shape in plain PyTorch: flat tokens, a paged cache, opaque attention.
 
 Every row is computed by ops that no other row has a part in, so results are bitwise the same however rows are batched.
 """

@@ -38,6 +38,7 @@ class Player:
     graphs: list[Graph] = field(default_factory=list)
     played: list[tuple[int, ...]] = field(default_factory=list)
     args: Any = None
+    why: NotSplit | None = None
 
     def __call__(self, gm: Any, example_inputs: Any) -> Any:
         named = zip(map(capture._short_name, g.inputs(gm.graph)), example_inputs, strict=True)
@@ -47,12 +48,19 @@ class Player:
         def compile_aten(aten: Any, _: Any) -> Any:
             try:
                 graph = Graph(aten, axes)
-            except NotSplit:
+            except NotSplit as why:
+                self.why = why
                 return aten.forward
             self.graphs.append(graph)
             return lambda *args: self.play(graph, args)
 
         return compat.to_aten(gm, example_inputs, compile_aten)
+
+    def check(self, fn: Any, *args: Any) -> None:
+        """Raise why a call is not split."""
+        fn(*args)
+        if self.why is not None:
+            raise self.why
 
     def play(self, graph: Graph, args: Any) -> Any:
         self.args, num_tokens = args, graph.num_tokens(args)
@@ -82,7 +90,7 @@ class Graph:
         self.placed = analyze(gm.graph, {nodes[i]: d for i, d in self.token_dims.items()}, symbols, {}, given)
         self.segments = outline(gm, cut(gm.graph, self.placed), self.placed, symbols)
         self.fns = {name: code.module.forward for name, code in self.segments.codes.items()}
-        ways = ((1, True), (2, True), (2, False))
+        ways = [(1, True), *((n, straddles) for n in (2, 3) for straddles in (True, False))]
         self.programs = {way: self.program(self.schedule(*way), straddles=way[1]) for way in ways}
         self.modules = {way: emit(p, self.fns, self.segments.outputs) for way, p in self.programs.items()}
 

@@ -1,0 +1,40 @@
+"""Causal attention of a microbatch to its own rows and all earlier ones: which op does it, in the code of a segment."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from dbo_compile import graph as g
+from dbo_compile.passes.layout import laid_out, order_of
+
+aten = torch.ops.aten
+
+ALIGNED_RIGHT = frozenset({aten._scaled_dot_product_flash_attention.default})
+"""Ops whose causal mask lets the last query see the last key already; that of all others begins at the upper left."""
+
+
+def attend_to_prefix(
+    graph: fx.Graph, node: fx.Node, args: Mapping[str, Any], rows: Any, before: Any, keys: Any
+) -> fx.Node:
+    """The first result of causal attention `node`, for `rows` queries behind `before` others, to `keys` rows of keys.
+
+    `args` are those of `node` in `graph`, by name. The result lies in memory as it did when it was traced.
+    """
+    if node.target in ALIGNED_RIGHT:
+        made = graph.call_function(node.target, (), dict(args))
+        return graph.call_function(operator.getitem, (made, 0))
+    query, key = (g.value(node.args[i]) for i in (0, 1))  # type: ignore[arg-type]
+    seen = graph.call_function(aten.ones.default, ([rows, keys],), {"dtype": torch.bool, "device": query.device})
+    seen = graph.call_function(aten.tril.default, (seen, before))
+    out = graph.call_function(
+        aten.scaled_dot_product_attention.default,
+        (args["query"], args["key"], args["value"], seen),
+        {"scale": args.get("scale"), "enable_gqa": query.shape[1] != key.shape[1]},
+    )
+    made = g.value(node)
+    return laid_out(graph, out, order_of(made[0] if isinstance(made, tuple | list) else made))

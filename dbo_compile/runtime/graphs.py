@@ -1,0 +1,110 @@
+"""What is captured: graphs of a device, the plays they stand for, and how one is replayed. See `capture`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+
+from dbo_compile.compat import same_addresses
+
+Player = Callable[[Callable[..., Any], Sequence[int], Sequence[Any]], tuple[Any, ...]]
+
+
+class Graph(Protocol):
+    """What a device has recorded, as `torch.cuda.CUDAGraph` has it."""
+
+    def replay(self) -> None: ...
+    def reset(self) -> None: ...
+
+
+class GraphDevice(Protocol):
+    """What capturing asks of a device. All graphs share one pool of memory until `new_pool`."""
+
+    def is_capturing(self) -> bool: ...
+    def capture(self, play: Callable[[], tuple[Any, ...]]) -> tuple[Graph, tuple[Any, ...]]: ...
+    def new_pool(self) -> None: ...
+    def memory_used(self) -> int: ...
+
+
+class Play(NamedTuple):
+    """What a player is called with: an emitted module, the rows of each microbatch, the arguments of the graph."""
+
+    module: Callable[..., Any]
+    rows: Sequence[int]
+    args: Sequence[Any]
+
+
+class Key(NamedTuple):
+    """What a graph was captured for. `numbers` are the integers among the arguments: all sizes follow from them."""
+
+    module: Callable[..., Any]
+    rows: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, play: Play) -> Self:
+        return cls(play.module, tuple(play.rows), tuple(x for x in play.args if isinstance(x, int)))
+
+    def __str__(self) -> str:
+        return f"a step of {sum(self.rows)} tokens in {len(self.rows)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A graph, what it reads in place (`pinned`) or after a copy (`copied`), by position, and what it leaves where.
+
+    `addresses` has, for each argument, where it lies if it is pinned. `num_bytes` is what the device had less of after
+    the capture: little, where the pool had room from a larger size.
+    """
+
+    graph: Graph
+    pinned: Mapping[int, torch.Tensor]
+    copied: Mapping[int, torch.Tensor]
+    addresses: list[int | None]
+    results: tuple[Any, ...]
+    num_bytes: int
+    seconds: float
+
+    def is_at_home(self, args: Sequence[Any]) -> bool:
+        """Whether every argument that is used in place lies where it was."""
+        return same_addresses(list(args), self.addresses, list(self.pinned))
+
+    def replay(self, args: Sequence[Any], *, clone: bool) -> tuple[Any, ...]:
+        for i, buffer in self.copied.items():
+            write(buffer, args[i])
+        self.graph.replay()
+        if not clone:
+            return self.results
+        kept = {id(x) for x in self.pinned.values()}
+        return tuple(x.clone() if isinstance(x, torch.Tensor) and id(x) not in kept else x for x in self.results)
+
+
+def write(buffer: torch.Tensor, x: torch.Tensor) -> None:
+    """Copy `x` into memory of the same sizes and strides; of an expanded dim there is one row in memory."""
+    assert buffer.shape == x.shape, f"a graph for {list(buffer.shape)} is replayed on {list(x.shape)}"
+    for d, stride in enumerate(buffer.stride()):
+        if stride == 0 and buffer.shape[d] > 1:
+            buffer, x = buffer.narrow(d, 0, 1), x.narrow(d, 0, 1)
+    buffer.copy_(x)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Which arguments stay where they are: `static` ones (weights), and those `written` in place, which cannot be
+    copies. `names` are for messages. `most_bytes` is what all graphs may take (None: any number).
+
+    With `clone`, results are the caller's to keep. Without, they are valid until the program is next played for the
+    same size, and then hold what that play made.
+    """
+
+    static: frozenset[int] = frozenset()
+    written: frozenset[int] = frozenset()
+    names: Mapping[int, str] = field(default_factory=dict)
+    most_bytes: int | None = None
+    clone: bool = True
+
+    def name(self, index: int) -> str:
+        return self.names.get(index, f"argument {index}")

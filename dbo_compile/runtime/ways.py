@@ -1,0 +1,88 @@
+"""The ways to play a graph: split, unsplit from the same segments, or as Inductor compiles it in one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from dbo_compile.runtime.agree import Agreement
+from dbo_compile.runtime.lanes import WaitFor, WorkLanes
+from dbo_compile.runtime.rows import Guards
+from dbo_compile.runtime.signature import Signature
+
+Player = Callable[[Callable[..., Any], Sequence[int], Sequence[Any]], tuple[Any, ...]]
+SPLIT, UNSPLIT, INDUCTOR = "split", "unsplit", "inductor"
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """What there is to play a graph with: an emitted module for each number of microbatches, 1 among them, and what
+    tracing and compiling assumed of the number of rows. `trusts` says what splitting takes on trust."""
+
+    modules: Mapping[int, nn.Module]
+    guards: Guards
+    fingerprint: str
+    trusts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The graph as it was traced: its ops as they are, and how to have Inductor compile it (None: not wanted)."""
+
+    eager: Callable[..., Any]
+    compile: Callable[[], tuple[Callable[..., Any], Guards]] | None = None
+
+
+def played(
+    module: Callable[..., Any], rows: Sequence[int], args: Sequence[Any], wait_for: WaitFor | None = None
+) -> tuple[Any, ...]:
+    """The results of an emitted program on lanes of its own."""
+    with WorkLanes(rows, wait_for) as lanes:
+        results: tuple[Any, ...] = module(lanes, *args)
+    return results
+
+
+class Ways:
+    """Plays a graph in one of the ways that its size allows; `player` plays emitted programs."""
+
+    def __init__(self, programs: Programs, whole: Whole, signature: Signature, agreement: Agreement) -> None:
+        self.programs = programs
+        self.whole = whole
+        self.signature = signature
+        self.agreement = agreement
+        self.player: Player = partial(played, wait_for=agreement.wait_for)
+        self._inductor: tuple[Callable[..., Any], Guards] | None = None
+
+    def fitting(self, rows: Sequence[int], num_rows: int, args: Sequence[Any]) -> list[str]:
+        """The ways to play `num_rows` rows; to split them if there are `rows` for the microbatches."""
+        unsplit = [UNSPLIT] if self._fits(self.programs.guards, num_rows, args) else []
+        return [*([SPLIT] if rows else []), *unsplit, *([INDUCTOR] if self.whole.compile else [])]
+
+    def prepare(self, way: str) -> None:
+        """Have Inductor compile the whole graph, if it is what is to be played; all ranks do at the same place."""
+        if way == INDUCTOR and self._inductor is None and self.whole.compile:
+            with self.agreement.busy():
+                self._inductor = self.whole.compile()
+            self.agreement.share([0], patient=True)  # so that no rank waits for another in the middle of a step
+
+    def play(self, way: str, rows: Sequence[int], num_rows: int, args: Sequence[Any]) -> Sequence[Any]:
+        """The results of one way. A size that nothing was compiled for is played as it was traced."""
+        if way == SPLIT:
+            return self.player(self.programs.modules[len(rows)], rows, args)
+        if way == INDUCTOR and self._inductor and self._fits(self._inductor[1], num_rows, args):
+            results: Sequence[Any] = self._inductor[0](*args)
+            return results
+        return self.unsplit(num_rows, args)
+
+    def unsplit(self, num_rows: int, args: Sequence[Any]) -> Sequence[Any]:
+        if self._fits(self.programs.guards, num_rows, args):
+            return self.player(self.programs.modules[1], (num_rows,), args)
+        results: Sequence[Any] = self.whole.eager(*args)
+        return results
+
+    def _fits(self, guards: Guards, num_rows: int, args: Sequence[Any]) -> bool:
+        return guards.broken(num_rows, self.signature.others(args)) is None

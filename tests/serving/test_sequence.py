@@ -1,0 +1,73 @@
+"""A sequence of one, `[1, S]`: the second microbatch attends to keys and values of both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dbo_compile.axes import Tokens
+from dbo_compile.ir.program import Join
+from tests.serving.player import Player, symbolic
+
+attend = nn.functional.scaled_dot_product_attention
+HEADS, KV_HEADS, SIZE = 4, 2, 3
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(7, (HEADS + 2 * KV_HEADS) * SIZE)
+        self.out = nn.Linear(HEADS * SIZE, 7)
+        self.mlp = nn.Linear(7, 7)
+
+    def forward(self, x: torch.Tensor, **options) -> torch.Tensor:
+        heads = self.qkv(x).view(*x.shape[:2], -1, SIZE).transpose(1, 2)
+        q, k, v = heads.split([HEADS, KV_HEADS, KV_HEADS], 1)
+        y = attend(q, k, v, enable_gqa=True, **options)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(x).tanh()
+
+
+class Model(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(31, 7)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.options = options
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids) + torch.arange(ids.shape[1])[None, :, None] * 0.1
+        for layer in self.layers:
+            x = layer(x, **self.options)
+        return x
+
+
+def split_and_not(rows, **options):
+    model, ids = Model(**options).double(), torch.randint(0, 31, (1, sum(rows)))
+    player = Player({"ids": Tokens(1)}, rows=rows)
+    symbolic((ids, 1))
+    with torch.no_grad():
+        got = torch.compile(model, backend=player, fullgraph=True)(ids)
+        torch.testing.assert_close(got, model(ids), rtol=0, atol=1e-12)
+    return player.graphs[0]
+
+
+@pytest.mark.parametrize("rows", [(5, 8), (1, 12), (12, 1), (4, 6, 3), (13,)])
+def test_it_is_what_the_whole_sequence_gives(rows):
+    graph = split_and_not(rows, is_causal=True)
+    assert not graph.placed.barriers
+    assert len(graph.placed.prefixes) == 2
+
+
+def test_the_first_microbatch_waits_for_nothing_of_the_second():
+    graph = split_and_not((5, 8), is_causal=True)
+    program = graph.programs[2, True]
+    joins = [i for i, instr in enumerate(program.instrs) if isinstance(instr, Join)]
+    first = next(i for i, instr in enumerate(program.instrs) if " = layers_0_2#0(" in str(instr))
+    assert first < joins[0]
+
+
+def test_attention_that_is_not_causal_is_played_on_all_tokens_at_once():
+    graph = split_and_not((5, 8), is_causal=False)
+    assert ["relates them" in why for why in graph.placed.barriers.values()] == [True, True]

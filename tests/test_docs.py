@@ -1,0 +1,152 @@
+"""The documentation: its code runs, its links lead somewhere, its listings are what the tool prints now."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import dbo_compile
+from dbo_compile.config import Config
+from dbo_compile.page import graph_page
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(p.relative_to(ROOT).as_posix() for p in [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+BLOCK = re.compile(r"^```python( no-run)?\n(.*?)^```", re.DOTALL | re.MULTILINE)
+RUN = ["docs/adding-a-comm-op.md", "docs/adding-a-rule.md", "docs/debugging.md", "docs/expert-parallelism.md",
+       "docs/quickstart.md", "docs/serving.md"]  # fmt: skip
+"""Pages whose blocks run, one after the other in one namespace, but for those marked `python no-run`."""
+
+
+def text_of(page):
+    return (ROOT / page).read_text()
+
+
+def blocks(page):
+    return [(bool(no_run), code) for no_run, code in BLOCK.findall(text_of(page))]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("listings", DOCS / "tools" / "listings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def levels(tool):
+    if not torch.__version__.startswith(tool.TORCH):
+        pytest.skip(f"the listings are those of PyTorch {tool.TORCH}")
+    return tool.levels_of(1)
+
+
+@pytest.fixture
+def no_group():
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# -- code ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_every_block_of_python_is_python(page):
+    for _, code in blocks(page):
+        compile(code, page, "exec")
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_the_code_of_a_page_runs(page, no_group, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType(re.sub(r"\W", "_", page))  # Dynamo looks names up in the module that code says it is from
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    ran = [code for no_run, code in blocks(page) if not no_run]
+    assert ran
+    for code in ran:
+        exec(compile(code, page, "exec"), module.__dict__)
+
+
+def test_what_the_documentation_calls_is_there():
+    for page in PAGES:
+        for name in re.findall(r"\bdbo_compile\.([a-z_]+)\(", text_of(page)):
+            assert hasattr(dbo_compile, name), f"{page}: dbo_compile.{name}"
+
+
+def test_every_option_that_is_named_there_is_one():
+    options = {f.name for f in fields(Config)}
+    for page in PAGES:
+        named = {n.lower() for n in re.findall(r"\bDBO_([A-Z_]+)\b", text_of(page))} - {"logs"}
+        assert named <= options, f"{page}: {named - options}"
+
+
+# -- links --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_that_are_there(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL))
+    local = [link.split("#")[0] for link in links if not re.match(r"https?:|#", link)]
+    assert [link for link in local if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+def test_every_page_is_in_the_navigation():
+    named = set(re.findall(r"[\w-]+\.md", text_of("mkdocs.yml")))
+    assert named == {p.name for p in DOCS.glob("*.md")}
+
+
+def test_the_debugging_guide_names_the_files_of_a_dump(tmp_path):
+    with dbo_compile.debug(tmp_path, bytecode=False), torch.no_grad():
+        torch.compile(torch.nn.Linear(5, 3), backend="dbo", options={"split": "always"})(torch.randn(9, 5))
+    (folder,) = tmp_path.glob("rank0/graph*")
+    told = text_of("docs/debugging.md")
+    assert [p.name for p in folder.iterdir() if p.name not in told] == []
+
+
+# -- listings -----------------------------------------------------------------------------------------------------
+
+HOW_TO = "`python docs/tools/listings.py` makes the listings again"
+
+
+def test_listings_are_what_the_tool_prints_now(tool, levels):
+    page = text_of("docs/how-it-works.md")
+    made = tool.listings(levels)
+    found = {name: text for _, name, text, _ in tool.LISTING.findall(page)}
+    assert found.keys() == made.keys()
+    for name, text in made.items():
+        assert found[name].rstrip("\n") == text, f"{name}: {HOW_TO}"
+    assert tool.refreshed(page, made) == page
+
+
+def test_charts_are_what_the_tool_draws_now(tool, levels):
+    for name, picture in tool.charts(levels).items():
+        assert (DOCS / "images" / name).read_text() == picture, f"{name}: {HOW_TO}"
+
+
+def test_a_page_of_a_dump_can_be_made_of_any_report(levels):
+    report = dbo_compile.reports()[-1]
+    assert "layers_0_experts" in graph_page(report.to_dict(), "", [])
+
+
+# -- the site -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly(tmp_path):
+    pytest.importorskip("mkdocs", reason="needs mkdocs-material: pip install 'dbo-compile[docs]'")
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "api" / "index.html").is_file()
