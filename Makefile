@@ -12,10 +12,11 @@ PIP := $(BIN)/python -m pip install -qq $(if $(CI),--no-input)
 TORCH_WANTED = import tomllib; \
     print(*(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("torch")))
 
-.PHONY: help demo test check bench gpu clean
+.PHONY: help demo serve-demo test check bench gpu clean
 
 help:
 	@echo "make demo    what the backend does to a small model, step by step"
+	@echo "make serve-demo    a serving loop on two ranks, requests coming and going on each"
 	@echo "make test    the test suite"
 	@echo "make check   lint, types, layers, and the documentation as a site in build/site"
 	@echo "make bench   every benchmark that runs on a CPU"
@@ -24,6 +25,9 @@ help:
 
 demo: $(STAMP)
 	@$(BIN)/python -m dbo_compile demo
+
+serve-demo: $(STAMP)
+	@$(BIN)/python examples/serve.py
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -m "not gpu" --durations=10 $(PYTEST_ARGS)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._inductor.fx_passes import overlap_scheduling
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
@@ -56,6 +57,9 @@ OVERLAP_SCHEDULING = {
     "aten_distributed_optimizations.custom_runtime_estimation": runtime_ms,
 }
 """`torch.compile(model, options=...)`: Inductor's own answer. Fusion regions and its estimates need a GPU to look at."""
+
+# It cannot run without a GPU otherwise: before it asks for custom estimates, it looks up the bandwidth of the GPU.
+overlap_scheduling.estimate_roofline_runtime_ms = runtime_ms
 
 
 # -- by hand ----------------------------------------------------------------------------------------------------------

@@ -128,6 +128,7 @@ def header(setting: Setting) -> list[str]:
         "",
         "The exchange is a **stand-in for one GPU**: rows go to pinned host memory and back on the copy engines. It",
         "moves the bytes of an evenly routed exchange, takes no multiprocessors, and knows no rank that might be late.",
+        *([] if setting.inductor == "inductor" else ["", "Nothing is compiled here: these figures say nothing."]),
     ]
 
 
@@ -293,7 +294,7 @@ def plays(setting: Setting, phase: str, num_tokens: int) -> list[Play]:
 
     with_player(step, spy, *x)
     module, rows, args = seen[-1]
-    return [Play(module, rows, args), Play(engine.programs.modules[1], (sum(rows),), args)]
+    return [Play(module, rows, args), Play(engine.ways.programs.modules[1], (sum(rows),), args)]
 
 
 # -- auto -------------------------------------------------------------------------------------------------------------
@@ -313,7 +314,7 @@ def auto(setting: Setting) -> list[str]:
             setting.synchronize()
         engine = reports()[-1].engine
         assert engine is not None, reports()[-1].reason
-        rows = [[phase, str(size), str(decision)] for size, decision in sorted(engine.tuner.decisions.items())]
+        rows = [[phase, str(size), str(decision)] for size, decision in sorted(engine.decisions.items())]
         rows = rows or [[phase, "none", f"nothing was timed: {dict(engine.calls.declined)}"]]
         lines += [*table(["phase", "tokens/elements", "decision"], rows), ""]
     return lines

@@ -9,8 +9,9 @@ _ADVICE = (
     (r"autograd", "Call the model under torch.no_grad() or torch.inference_mode()."),
     (r"no communication to hide", "Nothing to do: without communication there is nothing to overlap."),
     (r"could carry tokens", "Name the inputs that carry tokens: options={'token_dims': {'input_ids': 0}}."),
-    (r"has a single token|do not make \d+ microbatches", "Give a step more tokens: two rows of the token dim at least."),
-    (r"was timed to be faster", "Nothing to do: splitting costs more than it hides at this size; see the decisions."),
+    (r"has a single token|do not make \d+ microbatches", "Give a step more tokens: two rows of the token dim or more."),
+    (r"writes its input .* in place", "Have the model return what it writes, and write it after the call."),
+    (r"was timed to be faster", "Nothing to do: splitting costs more than it hides here; see the decisions."),
     (r"another rank", "Look at the report of the other ranks: all split a step, or none does."),
     (r"splitting changed", "Find the op with dbo_compile.verify; a rule of yours may promise too much."),
     (r"is split from \d+ tokens on", "Lower the option min_tokens, if splitting pays at that size."),
@@ -26,10 +27,10 @@ _ADVICE = (
     (r"largest among many tokens|counts of rows|limit", "Route without a capacity that drops tokens."),
     (r"sorts values .* no integers", "Sort integers, such as expert numbers: other values mix tokens."),
     (r"statistics over all tokens", "Call model.eval(): batch statistics are taken in training alone."),
-    (r"are in the .* dim, and it relates them", "Let the token dim be the batch: tokens of one sequence need each other."),
+    (r"are in the .* dim, and it relates them", "Let the token dim be the batch: tokens of a sequence need each other."),
     (r"mask", "Give the mask the token dim of what it masks, one row for each token."),
-    (r"(sums?|reduces|adds? up|largest|smallest).*(token|rows)", "A sum or mean over tokens needs them all: make it one "
-     "per token, or leave it out of inference, as an auxiliary loss can be."),
+    (r"(sums?|reduces|adds? up|largest|smallest).*(token|rows)", "A sum or mean over tokens needs them all: make it "
+     "one per token, or leave it out of inference, as an auxiliary loss can be."),
     (r"view|merges or cuts|flattens", "Keep the token dim a dim of its own, or fold only dims after it into it."),
 )  # fmt: skip
 ANY = "It is played once on all tokens; between splits that costs a join. What comes before and after it is split."

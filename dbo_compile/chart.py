@@ -1,4 +1,4 @@
-"""The lane chart as SVG: rows are lanes, colours are microbatches, hatching is waiting, arrows are events between lanes.
+"""The lane chart as SVG: rows are lanes, colours microbatches, hatching is waiting, arrows are events between lanes.
 
 Hovering a step names it, its module and its time. A long timeline goes on in a next line, as music does, so that steps
 stay wide enough to be told apart. The text form is `runtime.clock.chart`.

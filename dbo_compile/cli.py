@@ -131,7 +131,8 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _bench_lines(found: dict[str, Any]) -> Iterator[str]:
     base = found["seconds"]["inductor"]["median"]
-    yield f"{'':12}{'median':>12}{'least':>12}{'most':>12}{'of inductor':>14}   ({found['repeats']} calls each, in turn)"
+    heads = "".join(f"{head:>12}" for head in ("median", "least", "most"))
+    yield f"{'':12}{heads}{'of inductor':>14}   ({found['repeats']} calls each, in turn)"
     for name, s in found["seconds"].items():
         times = "".join(f"{s[key] * 1e3:9.3f} ms" for key in ("median", "least", "most"))
         yield f"{name:12}{times}{s['median'] / base:14.2f}"

@@ -28,7 +28,7 @@ from torch._inductor.fx_passes.post_grad import decompose_auto_functionalized
 from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
 from torch._inductor.fx_utils import FakeTensorUpdater
 from torch._inductor.virtualized import V
-from torch._logging import trace_structured
+from torch._logging import trace_structured  # type: ignore[attr-defined]
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd import profiler
 from torch.distributed import _symmetric_memory as symmetric_memory
@@ -315,10 +315,9 @@ def compile_id() -> str:
     return str(CompileContext.current_compile_id() or "")
 
 
-def without_fake_tensors() -> AbstractContextManager[None]:
+def without_fake_tensors() -> AbstractContextManager[Any]:
     """While it lasts, real tensors may be used inside of a compilation."""
-    context: AbstractContextManager[None] = unset_fake_temporarily()
-    return context
+    return unset_fake_temporarily()
 
 
 def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:

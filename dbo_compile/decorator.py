@@ -20,7 +20,7 @@ from dbo_compile.errors import Disagreement, RankLost
 from dbo_compile.runtime.agree import Agreement, agreement_over
 from dbo_compile.runtime.engine import limits_of
 from dbo_compile.runtime.force import InForce, in_force
-from dbo_compile.runtime.padding import Buckets, Padding, is_decode, unpad, unpad_tree
+from dbo_compile.runtime.padding import Buckets, Padding, is_decode, unpad, unpad_tree, view_dim
 from dbo_compile.runtime.plan import BatchPlan, Wish
 
 LEAST_ROWS = 2
@@ -206,19 +206,23 @@ class Steps:
                 inputs[name].copy_(unpad(x, self._padding.token_dims[name], plan.padded_tokens, num_tokens))
         if not self._idle:
             self._idle = self._padding.empty(inputs)
-            self._nothing = self._unpadded(results, step, 0)
-        return self._unpadded(results, step, num_tokens)
+            self._nothing = self._unpadded(results, step, 0, padded)
+        return self._unpadded(results, step, num_tokens, padded)
 
-    def _unpadded(self, results: Any, step: InForce, num_tokens: int) -> Any:
-        """Results of a graph are known; what Python made of them is cut where it has as many rows as were padded to."""
-        num_rows = step.plan.padded_tokens
-        guess = next(iter(self._padding.token_dims.values()))
+    def _unpadded(self, results: Any, step: InForce, num_tokens: int, padded: Mapping[str, Any]) -> Any:
+        """Results of a graph are known, and views of arguments; what else Python made is cut where it has as many rows
+        as were padded to, in the token dim of the first argument."""
+        num_rows, dims = step.plan.padded_tokens, self._padding.token_dims
+        guess = next(iter(dims.values()))
 
         def cut(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
             known = step.results.get(id(x))
-            if known is None or known[0] is not x:
-                return unpad_tree(x, guess, num_rows, num_tokens)
-            return x if known[1] is None else unpad(x, known[1], num_rows, num_tokens)
+            if known is not None and known[0] is x:
+                return x if known[1] is None else unpad(x, known[1], num_rows, num_tokens)
+            views = (view_dim(x, padded[name], dim) for name, dim in dims.items() if name in padded)
+            return unpad_tree(x, next((d for d in views if d is not None), guess), num_rows, num_tokens)
 
         return results if num_tokens == num_rows else compat.tree_map(cut, results)
 

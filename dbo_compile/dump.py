@@ -214,7 +214,7 @@ def _versions() -> dict[str, str]:
 
 
 def _write_index(root: Folder) -> None:
-    """Link every graph of every rank. Another rank may do so at the same time: who finds more than it wrote, repeats."""
+    """Link every graph of every rank. Other ranks may do so at the same time: who finds more than it wrote, repeats."""
     linked: list[tuple[str, str]] | None = None
     while linked != (found := list(_graphs(root.path))):
         root.write("index.html", root_page(found))

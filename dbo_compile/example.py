@@ -23,7 +23,8 @@ class Experts(nn.Module):
 
     def forward(self, rows: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
         expert = expert.clamp(max=len(self.up) - 1)
-        return torch.bmm(torch.bmm(rows.unsqueeze(1), self.up[expert]).relu(), self.down[expert]).squeeze(1)
+        inner = torch.bmm(rows.unsqueeze(1), self.up[expert]).relu()
+        return torch.bmm(inner, self.down[expert]).squeeze(1)
 
 
 class Layer(nn.Module):
@@ -41,7 +42,8 @@ class Layer(nn.Module):
         rows = self.norm(x)
         weights, chosen = self.router(rows).softmax(-1).topk(TOP_K)
         routed = exchange_static(rows, chosen, weights, self.experts, num_experts=NUM_EXPERTS, group=self.group)
-        return x + routed + self.shared(rows)
+        shared: torch.Tensor = self.shared(rows)
+        return x + routed + shared
 
 
 class Model(nn.Module):

@@ -49,8 +49,8 @@ def _lines(index: int, report: Report, measured: Timeline | None) -> Iterator[st
     yield from ["", "lanes (predicted, a microbatch has 1024 rows)", *_lanes(levels.timeline)]
     if measured:
         yield from ["", f"lanes (measured{'' if _is_split(measured) else ', not split'})", *_lanes(measured)]
-    yield from ["", f"program {report.fingerprint}: {len(levels.program.instrs)} instructions, see .program; every level"]
-    yield '    as files, with pictures: with dbo_compile.debug("folder"): ...'
+    yield from ["", f"program {report.fingerprint}: {len(levels.program.instrs)} instructions, see .program"]
+    yield 'every level as files, with pictures: with dbo_compile.debug("folder"): ...'
 
 
 def _headline(report: Report) -> str:

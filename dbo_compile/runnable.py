@@ -50,9 +50,9 @@ class Runnable:
 def runnable(levels: Levels, constants_name: str) -> Runnable:
     """The rewritten graph of `levels`; the file of constants lies beside it and is called `constants_name`."""
     writer = _Writer()
-    users = {code: [s.name for s in levels.outline.segments.values() if s.code == code] for code in levels.outline.codes}
+    segments = levels.outline.segments.values()
     codes = [
-        f"# {', '.join(users[name])}\n{writer.code(f'Code_{name}', code.module)}"
+        f"# {', '.join(s.name for s in segments if s.code == name)}\n{writer.code(f'Code_{name}', code.module)}"
         for name, code in levels.outline.codes.items()
     ]
     program = writer.program(levels)

@@ -64,7 +64,7 @@ def ranks() -> Generator[int]:
     if mine and "WORLD_SIZE" in os.environ:
         dist.init_process_group()
     elif mine:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         if "LOCAL_RANK" in os.environ and torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))

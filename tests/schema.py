@@ -47,14 +47,17 @@ def _faults(value: Any, schema: dict[str, Any], at: str, root: dict[str, Any]) -
             yield f"{at}: {value!r} is no {schema['type']}"
             return
     if isinstance(value, dict):
-        known = schema.get("properties", {})
-        yield from (f"{at}: lacks {name}" for name in schema.get("required", ()) if name not in value)
-        for name, inner in value.items():
-            rule = known.get(name, schema.get("additionalProperties", {}))
-            if rule is False:
-                yield f"{at}: has {name}"
-            else:
-                yield from _faults(inner, rule, f"{at}/{name}", root)
+        yield from _faults_inside(value, schema, at, root)
     if isinstance(value, list) and "items" in schema:
         for i, inner in enumerate(value):
             yield from _faults(inner, schema["items"], f"{at}/{i}", root)
+
+
+def _faults_inside(value: dict[str, Any], schema: dict[str, Any], at: str, root: dict[str, Any]) -> Iterator[str]:
+    yield from (f"{at}: lacks {name}" for name in schema.get("required", ()) if name not in value)
+    for name, inner in value.items():
+        rule = schema.get("properties", {}).get(name, schema.get("additionalProperties", {}))
+        if rule is False:
+            yield f"{at}: has {name}"
+        else:
+            yield from _faults(inner, rule, f"{at}/{name}", root)

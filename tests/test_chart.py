@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from itertools import combinations
+from itertools import combinations, pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -44,12 +44,17 @@ def boxes(root, cls):
     return found
 
 
+def titles(root, cls):
+    """What hovering the elements of a class shows."""
+    return [g.find(f"{SVG}title").text for g in root.iter(f"{SVG}g") if cls in g[0].get("class").split()]
+
+
 def test_each_step_is_a_bar_that_names_it_its_module_and_its_time():
     chart = moe_chart(1)
-    titles = [bar.find(f"{SVG}title").text for bar in drawn([chart]).iter(f"{SVG}g") if "step" in bar[0].get("class")]
+    told = titles(drawn([chart]), "step")
     steps = [i for lane in Lane for i in chart.timeline.on(lane)]
-    assert [t.split(":")[0] for t in titles] == [str(Step(i.segment, i.microbatch)) for i in steps]
-    assert titles[0] == "attn0#0: 3 ms, from 0 ms to 3 ms\nmodel.attn0"
+    assert [t.split(":")[0] for t in told] == [str(Step(i.segment, i.microbatch)) for i in steps]
+    assert told[0] == "attn0#0: 3 ms, from 0 ms to 3 ms\nmodel.attn0"
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 32])
@@ -58,7 +63,7 @@ def test_bars_lie_side_by_side_on_their_lanes(num_layers):
     width, height = (float(v) for v in root.get("viewBox").split()[2:])
     bars = sorted(boxes(root, "step"), key=lambda b: (b[1], b[0]))
     assert all(0 <= left < right <= width and 0 < top < bottom <= height for left, top, right, bottom in bars)
-    for a, b in zip(bars, bars[1:], strict=False):
+    for a, b in pairwise(bars):
         assert a[1] != b[1] or a[2] <= b[0] + 0.6  # the least width of a bar that can be seen
     lanes = {(top, bottom) for _, top, _, bottom in boxes(root, "lane")}
     assert {(top, bottom) for _, top, _, bottom in bars} <= lanes
@@ -89,9 +94,8 @@ def test_waiting_is_hatched_and_says_for_what():
         Interval(Lane.COMPUTE, "mlp", 0, 3e-3, 4e-3),
     ))
     program = moe_program(1)
-    hatched = [g.find(f"{SVG}title").text for g in drawn([Chart("", timeline)]).iter(f"{SVG}g") if "wait" in g[0].get("class")]
-    assert hatched == ["waits 2 ms", "waits 1 ms", "waits 1 ms"]
-    told = [g.find(f"{SVG}title").text for g in drawn([moe_chart(1)]).iter(f"{SVG}g") if "wait" in g[0].get("class")]
+    assert titles(drawn([Chart("", timeline)]), "wait") == ["waits 2 ms", "waits 1 ms", "waits 1 ms"]
+    told = titles(drawn([moe_chart(1)]), "wait")
     makers = {str(h.maker) for h in handovers(program)}
     assert any(text.partition(" for ")[2] in makers for text in told)
 

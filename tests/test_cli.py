@@ -22,7 +22,10 @@ EAGER = ["--set", "inner=eager"]
 
 
 def example():
-    return (lambda x, scale: funcol.all_reduce(x.exp(), "sum", dist.group.WORLD) * scale), (torch.ones(9, 5),), {"scale": 3}
+    def model(x, scale):
+        return funcol.all_reduce(x.exp(), "sum", dist.group.WORLD) * scale
+
+    return model, (torch.ones(9, 5),), {"scale": 3}
 
 
 def without_communication():
@@ -145,7 +148,9 @@ def test_doctor_says_what_works_here(capsys):
     assert (status, json.loads(text)["well"]) == (0, True)
 
 
-@pytest.mark.parametrize(("version", "works"), [("2.10.1", False), ("2.11.0+cu130", True), ("2.13.0", True), ("3.0.0", False)])
+@pytest.mark.parametrize(
+    ("version", "works"), [("2.10.1", False), ("2.11.0+cu130", True), ("2.13.0", True), ("3.0.0", False)]
+)
 def test_doctor_knows_which_torch_is_supported(capsys, monkeypatch, version, works):
     monkeypatch.setattr("torch.__version__", version)
     status, text = told(capsys, "doctor")
@@ -169,7 +174,8 @@ def test_every_command_has_help_and_those_with_a_model_examples(capsys):
         assert exits(command, "--help") == 0
         text = capsys.readouterr().out
         assert f"usage: dbo-compile {command}" in text
-        assert (f"dbo-compile {command} " in text.partition("options:")[2]) == (command in ("explain", "bench", "trace"))
+        has_examples = f"dbo-compile {command} " in text.partition("options:")[2]
+        assert has_examples == (command in ("explain", "bench", "trace"))
 
 
 @pytest.mark.parametrize("argv", [[], ["nix"], ["trace"], ["bench", "--repeats", "many"]])

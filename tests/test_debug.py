@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import dbo_compile
-from dbo_compile import log
+from dbo_compile import debugging, log
 from dbo_compile.chart import svg
 from dbo_compile.page import graph_page, root_page
 from tests.test_chart import moe_chart
@@ -56,8 +56,6 @@ def test_the_block_dumps_and_the_environment_is_as_it_was(tmp_path, monkeypatch)
 
 
 def test_debug_is_a_function_of_the_package_whatever_was_imported_before():
-    import dbo_compile.debugging as debugging
-
     assert dbo_compile.debug is debugging.debug
 
 

@@ -20,7 +20,8 @@ from dbo_compile.page import graph_page
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(p.relative_to(ROOT).as_posix() for p in [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+FILES = [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = sorted(p.relative_to(ROOT).as_posix() for p in FILES)
 BLOCK = re.compile(r"^```python( no-run)?\n(.*?)^```", re.DOTALL | re.MULTILINE)
 RUN = ["docs/adding-a-comm-op.md", "docs/adding-a-rule.md", "docs/debugging.md", "docs/expert-parallelism.md",
        "docs/quickstart.md", "docs/serving.md"]  # fmt: skip

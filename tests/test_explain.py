@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 
 import dbo_compile
 from dbo_compile import register_rule, reports
+from dbo_compile.advice import ANY, advice
 from dbo_compile.explanation import explain, verify
 from dbo_compile.ir.tokens import Split
 from tests.schema import faults, report_schema
@@ -156,6 +159,32 @@ def test_an_explanation_is_plain_data_as_its_schema_says(options):
 def test_the_measured_share_is_that_of_calls_that_were_split():
     assert 0 <= explain(sharded, values(9, 5), options=EAGER).hidden_comm_measured <= 1
     assert explain(sharded, values(9, 5), options=EAGER | {"min_tokens": 10}).hidden_comm_measured is None
+
+
+def reasons_of(error):
+    """The text of each `raise error(...)` of the package; what is filled in is left out."""
+    for path in sorted(Path(dbo_compile.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and ast.unparse(node.exc.func) == error:
+                texts = [n.value for n in ast.walk(node.exc.args[0]) if isinstance(n, ast.Constant)]
+                yield "7".join(str(t) for t in texts)
+
+
+def test_there_is_advice_for_every_graph_and_call_that_is_not_split():
+    found = [reason for reason in reasons_of("NotSplit") if len(reason) > 3]
+    assert len(found) > 9
+    assert [reason for reason in found if advice(reason) == ANY and not reason.startswith(", in ")] == []
+
+
+def test_advice_for_an_op_is_that_of_its_reason():
+    told = {
+        "it reduces over the token dim 0": "A sum or mean over tokens",
+        "it draws random numbers: their order would depend on the split": "Call model.eval()",
+        "mylib.op.default has no placement rule; teach it one with dbo_compile.register_rule": "Teach it",
+        "it mixes rows in the order of the tokens with rows in an order of their own": ANY,
+    }
+    for reason, begin in told.items():
+        assert advice(reason).startswith(begin)
 
 
 # -- verify ----------------------------------------------------------------------------------------
@@ -306,8 +335,6 @@ def test_the_list_of_reports_is_the_callers_own():
     explain(lambda x: x.exp(), values(9, 5), options=EAGER)
     reports().clear()
     assert reports()
-
-
 
 
 class Layer(nn.Module):

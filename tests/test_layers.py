@@ -24,7 +24,7 @@ FLOORS = (
     ("text", "trace", "runnable", "measure", "page", "overview"),
     ("dump",),
     ("backend",),
-    ("explanation", "debugging", "integrations"),
+    ("explanation", "debugging", "decorator", "integrations"),
     ("demo", "subject", "example", "doctor"),
     ("bench",),
     ("cli",),

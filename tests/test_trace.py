@@ -19,7 +19,7 @@ from dbo_compile.ir.schedule import Lane, Step
 from dbo_compile.ir.waits import Handover, handovers
 from dbo_compile.measure import in_order, measured, measured_each, timed
 from dbo_compile.runtime.clock import Interval, Timeline
-from dbo_compile.runtime.steps import around_steps, with_ranges
+from dbo_compile.runtime.steps import around_steps, ranged
 from dbo_compile.trace import chrome_trace
 from tests.ir.moe import moe_program
 
@@ -60,7 +60,8 @@ def compiled():
 
 def test_handovers_are_the_waits_of_a_program():
     found = [str(h) for h in handovers(moe_program(1))]
-    assert found[:4] == ["attn0#0 -> counts0#0", "attn0#1 -> counts0#1", "counts0#0 -> sizes0#0", "sizes0#0 -> dispatch0#0"]
+    first = ["attn0#0 -> counts0#0", "attn0#1 -> counts0#1", "counts0#0 -> sizes0#0", "sizes0#0 -> dispatch0#0"]
+    assert found[:4] == first
     program = moe_program(3)
     lanes = {s.name: s.lane for s in program.segments.values()}
     assert all(lanes[h.maker.segment] is not lanes[h.reader.segment] for h in handovers(program))
@@ -79,8 +80,8 @@ def test_a_trace_has_a_process_for_each_chart_and_a_thread_for_each_lane():
     arrows = (Handover(Step("attn", 0), Step("send", 0)), Handover(Step("gone", 0), Step("send", 0)))
     charts = [Chart("predicted", TIMELINE, arrows, {"attn": "layers.0.attn"}), Chart("measured", TIMELINE)]
     events = json.loads(chrome_trace(charts, rank=3))["traceEvents"]
-    names = [(e["pid"], e.get("tid"), e["args"]["name"]) for e in events if e["name"] in ("process_name", "thread_name")]
-    assert names == [
+    named = [e for e in events if e["name"] in ("process_name", "thread_name")]
+    assert [(e["pid"], e.get("tid"), e["args"]["name"]) for e in named] == [
         (3000, None, "rank 3, predicted"),
         (3000, 1, "compute"),
         (3000, 2, "comm"),
@@ -148,7 +149,8 @@ def test_spans_of_a_lane_that_overlap_become_intervals_that_do_not():
         (Lane.COMPUTE, Step("x", 0), 0.0, 2.5),
         (Lane.COMM, Step("c", 0), 3.5, 6.0),
     ]
-    assert [str(i) for i in in_order(spans)] == ["comm    1..4 a#0", "comm    4..4 b#0", "compute 0..2.5 x#0", "comm    4..6 c#0"]
+    made = ["comm    1..4 a#0", "comm    4..4 b#0", "compute 0..2.5 x#0", "comm    4..6 c#0"]
+    assert [str(i) for i in in_order(spans)] == made
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,8 @@ def test_the_hidden_share_is_that_of_the_intervals(compute, comm, share):
 class Slow:
     """A module that has been emitted, of two steps, whose second is a collective that takes its time."""
 
-    steps = {"a_0": Step("a", 0), "b_0": Step("b", 0)}
+    def __init__(self):
+        self.steps = {"a_0": Step("a", 0), "b_0": Step("b", 0)}
 
     @staticmethod
     def a(x):
@@ -229,15 +232,17 @@ def test_what_is_around_steps_nests_and_leaves_the_module_alone():
 
 
 def test_a_profiler_sees_each_step_by_its_name(compiled):
-    engine = reports()[-1].engine
-    played = engine.player
-    engine.player = lambda module, rows, args: played(with_ranges(module), rows, args)
     assert not compat.is_profiling()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         assert compat.is_profiling()
         compiled(values(9, 5))
     names = [e.name for e in sorted(profiler.events(), key=lambda e: e.time_range.start) if e.name.startswith("dbo/")]
     assert names == [f"dbo/{step}" for step in reports()[-1].levels.schedule.steps]
+
+
+def test_without_a_profiler_the_module_itself_is_played():
+    module = Slow()
+    assert ranged(module) is module
 
 
 # -- TORCH_TRACE --------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from dbo_compile.ir.schedule import Lane, Step
 def emit(program: Program, fns: Mapping[str, Callable[..., Any]], results: Sequence[Any]) -> fx.GraphModule:
     """The program as a module whose `forward(lanes, *args)` returns a tuple.
 
-    `fns` has what to call for each code; `results` is what the caller gets: registers, and constants. `steps` of the
+    `fns` has what to call for each code; `results` is what the caller gets: the values that the program ends with, by
+    name and in their order, and constants. `steps` of the
     module tells which step a call of a segment plays, by the name of its node.
     """
     emitter = _Emitter(program)
@@ -82,7 +83,8 @@ class _Emitter:
         kept = [self.regs[r] for r in self.live if self.regs[r].op != "placeholder"]
         if kept:
             self._call("free", *kept, name="free")
-        self.graph.output(tuple(self.regs[r] if isinstance(r, str) else r for r in results))
+        regs = iter(next(i.ins for i in self.program.instrs if isinstance(i, End)))
+        self.graph.output(tuple(self.regs[next(regs)] if isinstance(r, str) else r for r in results))
 
     def _run(self, run: Run) -> None:
         segment = self.program.segments[run.segment]

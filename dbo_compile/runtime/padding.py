@@ -142,6 +142,14 @@ def unpad(x: torch.Tensor, dim: int, num_rows: int, num_tokens: int) -> torch.Te
     return x.narrow(dim, 0, x.shape[dim] // num_rows * num_tokens)
 
 
+def view_dim(x: torch.Tensor, of: Any, dim: int) -> int | None:
+    """The dim of `x` that walks through memory as `dim` of the tensor `of` does; None if `x` is no view of it."""
+    if not isinstance(of, torch.Tensor) or x.untyped_storage().data_ptr() != of.untyped_storage().data_ptr():
+        return None
+    wanted = of.shape[dim], of.stride(dim)
+    return next((d for d, at in enumerate(zip(x.shape, x.stride(), strict=True)) if at == wanted), None)
+
+
 def unpad_outputs(
     outputs: Sequence[Any], dims: Iterable[int | None], num_rows: int, num_tokens: int
 ) -> tuple[Any, ...]:

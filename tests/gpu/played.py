@@ -41,7 +41,7 @@ class Played:
             self.compiled(*x)
             engine.player = usual
         assert len(seen[-1].rows) == 2, reports()[-1].decline_counts
-        unsplit = Play(engine.programs.modules[1], (num_tokens,), seen[-1].args)
+        unsplit = Play(engine.ways.programs.modules[1], (num_tokens,), seen[-1].args)
         return seen[-1], unsplit
 
 

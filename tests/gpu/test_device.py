@@ -144,8 +144,7 @@ def test_the_split_graph_has_communication_beside_compute_and_the_unsplit_one_le
         for _ in range(2):
             player(*play)
         counts.append(len(branches(next(iter(player.graphs.values())).graph)))
-    assert counts[0] > 2 * counts[1]
-    assert counts[0] > 0
+    assert counts[0] > counts[1]
 
 
 @torch.no_grad()

@@ -85,7 +85,8 @@ def matches(num_tokens, num_experts, top_k):
     for size in (num_tokens, num_tokens + 4, num_tokens):  # into new memory, into larger memory, into some of that
         tokens = some_tokens(size, num_experts, top_k)
         outcomes.append(close(layer.exchanged("", *tokens), layer.whole(*tokens)))
-    return outcomes, [r == sorted(r) for r in layer.received[::2]]
+    real = layer.received[::2]
+    return outcomes, [r == sorted(r) for r in real], [len(r) for r in real]
 
 
 def to_one_expert():
@@ -105,7 +106,10 @@ def ranks():
 @pytest.mark.ranks
 @pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(7, 8, 3), (1, 6, 1), (5, 2, 2), (0, 4, 3)])
 def test_it_equals_the_layer_on_one_process(ranks, num_tokens, num_experts, top_k):
-    assert ranks.run(matches, num_tokens, num_experts, top_k) == [([True] * 3, [True] * 3)] * 2
+    answers = ranks.run(matches, num_tokens, num_experts, top_k)
+    assert [answer[:2] for answer in answers] == [([True] * 3, [True] * 3)] * 2
+    arrived = [sum(numbers) for numbers in zip(*(answer[2] for answer in answers), strict=True)]
+    assert arrived == [2 * n * top_k for n in (num_tokens, num_tokens + 4, num_tokens)]
 
 
 @pytest.mark.ranks
@@ -150,6 +154,20 @@ def test_a_compiled_layer_is_split_with_both_ops_on_the_comm_lane_and_nothing_on
     assert all(s.per_microbatch and not s.host for s in segments if s.lane.value == "comm")
     assert (report.barriers, report.calls_split) == ({}, 1)
     assert why_not_captured(report.levels.graph) == ""
+
+
+@pytest.mark.usefixtures("one_rank")
+@torch.no_grad()
+def test_transformers_knows_it_by_name():
+    pytest.importorskip("transformers.distributed.expert_parallel")
+    from dbo_compile.integrations.transformers import expert_parallel
+    from tests.integrations.models import VOCAB, tiny_model
+
+    pretend()
+    ids = torch.randint(VOCAB, (3, 5))
+    want = tiny_model("qwen3_moe", experts="batched_mm")(ids).logits
+    model = expert_parallel(tiny_model("qwen3_moe", experts="grouped_mm"), ep_implementation="dbo_device")
+    torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("one_rank")

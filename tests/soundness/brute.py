@@ -72,13 +72,15 @@ class Trial:
         for i in range(len(self.samples)):
             if (whole := self.whole(i, view)) is None:
                 continue
-            results = whole[0] if isinstance(whole[0], tuple | list) else (whole[0],)
+            results = _results(whole)
             if candidates is None:
                 candidates = [_placements(r, view.num_tokens) for r in results]
             for bounds in _all_bounds(view.num_tokens):
                 try:
                     parts = [self._run(view.leaves(self.samples[i]), view, part, Ruling(Shared())) for part in bounds]
                 except RUN_ERRORS:
+                    return False
+                if {len(candidates)} != {len(results), *(len(r) for r in map(_results, parts))}:
                     return False
                 candidates = [
                     [p for p in places if not _differ(p, r, got, view.num_tokens, bounds)]
@@ -173,9 +175,12 @@ def _placements(result: Any, n: int) -> list[Placement]:
     return [Shared(), *(Split(d) for d, size in sizes if size and size % n == 0)]
 
 
+def _results(made: tuple[Any, list[Any]]) -> list[Any]:
+    return list(made[0]) if isinstance(made[0], tuple | list) else [made[0]]
+
+
 def _by_result(parts: list[tuple[Any, list[Any]]]) -> list[list[Any]]:
-    results = [p[0] if isinstance(p[0], tuple | list) else (p[0],) for p in parts]
-    return [list(r) for r in zip(*results, strict=True)]
+    return [list(r) for r in zip(*map(_results, parts), strict=True)]
 
 
 def _misplaced(place: Places, whole: Any, parts: list[Any], n: int, bounds: list[Part]) -> str:
@@ -192,7 +197,7 @@ def _differ(place: Any, whole: Any, parts: list[Any], n: int, bounds: list[Part]
     if not isinstance(whole, torch.Tensor):
         return "" if all(p == whole for p in parts) else f"{place}: {parts} instead of {whole}"
     if isinstance(place, Local):
-        return _lost(whole, parts)
+        return "" if place.position else _lost(whole, parts)
     if isinstance(place, Split):
         if place.dim >= whole.ndim or whole.shape[place.dim] % n:
             return f"{tuple(whole.shape)} is said to be {place}"
@@ -204,7 +209,7 @@ def _differ(place: Any, whole: Any, parts: list[Any], n: int, bounds: list[Part]
 
 
 def _lost(whole: torch.Tensor, parts: list[torch.Tensor]) -> str:
-    """Rows in an order of their own are together the rows of all tokens; numbers of rows may be anything."""
+    """Rows in an order of their own are together the rows of all tokens; integers may be numbers or counts of rows."""
     if not whole.is_floating_point():
         return ""
     got = torch.cat([p.flatten() for p in parts]).sort()[0]
@@ -217,9 +222,9 @@ def _writes_differ(whole: list[Any], parts: list[tuple[Any, list[Any]]], bounds:
         return ""
     for i, dim in view.dims.items():
         for (_, own), part in zip(parts, bounds, strict=True):
-            if isinstance(own[i], torch.Tensor):
-                want = whole[i]
-                rows = _rows(want, dim, part, view.num_tokens) if want.shape[dim] % view.num_tokens == 0 else want
+            want = whole[i]
+            if isinstance(want, torch.Tensor) and want.ndim > dim and want.shape[dim] % view.num_tokens == 0:
+                rows = _rows(want, dim, part, view.num_tokens)
                 if wrong := unlike(own[i], rows, f"argument {i} after"):
                     return wrong
     return ""

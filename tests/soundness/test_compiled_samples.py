@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,13 @@ from tests.soundness.calls import SAMPLE_ERRORS, UNCHECKED, all_ops, samples
 FULL = "SOUNDNESS_OP_DB" in os.environ
 ALWAYS = {"split": "always", "inner": "eager"}
 FAST_STEP, MOST_SAMPLES = 9, 4
+
+
+class Text(str):
+    """Text that stands for itself among arguments."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
 
 
 @dataclass(frozen=True)
@@ -41,10 +49,14 @@ class Case:
         dims = self.token_dims
         return {n: x.narrow(dims[n], fewer, x.shape[dims[n]] - fewer) if n in dims else x for n, x in named.items()}
 
-    def __call__(self, named: dict[str, torch.Tensor]) -> Any:
-        leaves = [named.get(f"t{i}", x) for i, x in enumerate(self.leaves)]
-        first, args, kwargs = tree_unflatten(leaves, self.spec)
-        return self.info.op(first, *args, **kwargs)
+    @cached_property
+    def fn(self) -> Callable[[dict[str, torch.Tensor]], Any]:
+        """One line of text, so that there is little to trace."""
+        names = [f"t[{f't{i}'!r}]" if isinstance(x, torch.Tensor) else f"c{i}" for i, x in enumerate(self.leaves)]
+        first, args, kwargs = tree_unflatten([Text(name) for name in names], self.spec)
+        scope = {"op": self.info.op} | {f"c{i}": x for i, x in enumerate(self.leaves)}
+        exec(f"def fn(t):\n    return op({first!r}, *{args!r}, **{kwargs!r})", scope)
+        return scope["fn"]
 
     def numbers_fewer(self) -> tuple[int, ...]:
         """With how many tokens less it may be called: none, where an argument without tokens has a row for each."""
@@ -75,12 +87,12 @@ def outcome(case: Case) -> str:
     """How a case was played; a wrong answer raises `AssertionError`."""
     torch._dynamo.reset()
     known = len(reports())
-    compiled = torch.compile(case.__call__, backend="dbo", options=ALWAYS | {"token_dims": case.token_dims})
+    compiled = torch.compile(case.fn, backend="dbo", options=ALWAYS | {"token_dims": case.token_dims})
     for fewer in case.numbers_fewer():
         mine, its = case.tensors(fewer), case.tensors(fewer)
         try:
             torch.manual_seed(7)
-            want = case(mine)
+            want = case.fn(mine)
         except SAMPLE_ERRORS:  # numbers among its arguments say how many rows there are
             break
         torch.manual_seed(7)
@@ -118,9 +130,9 @@ def _aot_eager_raises(case: Case) -> bool:
         for name, dim in case.token_dims.items():
             torch._dynamo.maybe_mark_dynamic(named[name], dim)
         torch.manual_seed(7)
-        want = case(case.tensors())
+        want = case.fn(case.tensors())
         torch.manual_seed(7)
-        _assert_same(torch.compile(case.__call__, backend="aot_eager")(named), want, "aot_eager")
+        _assert_same(torch.compile(case.fn, backend="aot_eager")(named), want, "aot_eager")
     except Exception:
         return True
     return False

@@ -1,0 +1,101 @@
+"""Compile cost: the first call of a model of 2 to 64 layers, with dbo and with Inductor on the whole graph.
+
+    python -m benchmarks.bench_compile [--layers 2 8 32 64] [--quick] [--write]
+
+Qwen3-MoE with expert parallelism (exact splits) over a group of one rank: the graph is that of any number of ranks, and
+no other rank's compilation is waited for. Each figure is of a process of its own with empty caches: the first call
+less the third. How long our own passes take up to 50,000 nodes is `bench_levels`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.bench_link import CONFIG, SMALL, make_model
+from benchmarks.results import Table, options, publish
+from dbo_compile import compat, reports
+
+VARIANTS = {
+    "Inductor": {"backend": "inductor"},
+    "dbo": {"backend": "dbo", "options": {"split": "always", "gate": "never"}},
+    "dbo, auto": {"backend": "dbo"},
+}
+AUTO_TRIALS = 20
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--layers", type=int, nargs="+")
+    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "LAYERS"), help="measure one figure, in this process")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(first_call(args.one[0], int(args.one[1]), small=args.quick)))
+        return
+    layers = args.layers or ([2, 4] if args.quick else [2, 8, 32, 64])
+    found = {n: {variant: in_fresh_process(variant, n, small=args.quick) for variant in VARIANTS} for n in layers}
+    about = (
+        "Seconds of the first call, empty caches, one thread. `dbo`: split=\"always\", so each distinct segment is compiled "
+        "once. `dbo, auto`: until the trials are over; they compile the whole graph with Inductor as well, as one of the "
+        "ways to play it."
+    )
+    publish("compile", "Compile cost", [seconds(found), growth(found)], about=about, write=args.write)
+
+
+Found = dict[int, dict[str, dict[str, float]]]
+
+
+def seconds(found: Found) -> Table:
+    rows = [
+        (n, *(f"{each[v]['seconds']:.1f}" for v in VARIANTS), f"{each['dbo']['seconds'] / each['Inductor']['seconds']:.2f}",
+         int(each["dbo"]["segments"]), int(each["dbo"]["codes"]))
+        for n, each in found.items()
+    ]  # fmt: skip
+    return Table(("layers", *VARIANTS, "dbo / Inductor", "segments", "distinct"), rows, title="First call")
+
+
+def growth(found: Found) -> Table:
+    few = min(found)
+    rows = [(n, *(f"{found[n][v]['seconds'] / found[few][v]['seconds']:.2f}" for v in VARIANTS)) for n in found]
+    return Table(("layers", *VARIANTS), rows, title=f"In units of {few} layers")
+
+
+def in_fresh_process(variant: str, num_layers: int, *, small: bool) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as cache:
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        quick = ["--quick"] if small else []
+        command = [sys.executable, "-m", "benchmarks.bench_compile", *quick, "--one", variant, str(num_layers)]
+        out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, float] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def first_call(variant: str, num_layers: int, *, small: bool) -> dict[str, float]:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    config = (SMALL if small else CONFIG) | {"num_hidden_layers": num_layers}
+    compiled = torch.compile(make_model(config), fullgraph=True, **VARIANTS[variant])
+    ids = torch.zeros(6, 32, dtype=torch.long)
+    with torch.no_grad(), compat.host_reads_in_graph():
+        took = [timed(compiled, ids) for _ in range(AUTO_TRIALS if "auto" in variant else 3)]
+    report = reports()[-1] if reports() else None
+    segments, codes = (report.num_segments, report.num_unique_segments) if report else (0, 0)
+    compiling = sum(t - took[-1] for t in took)
+    return {"seconds": compiling, "segments": segments, "codes": codes}
+
+
+def timed(compiled: object, ids: torch.Tensor) -> float:
+    start = time.perf_counter()
+    compiled(ids)  # type: ignore[operator]
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Never slower: `split="auto"` against Inductor on the whole graph, from 1 to 4096 tokens, over links of several rates.
+
+    python -m benchmarks.bench_sizes [--sizes 1 2 ...] [--ratios 0.25 1 4] [--quick] [--write]
+
+Model and link are those of `bench_link`. Every call is of `size` sequences of one token, so that each number of tokens
+can be had. The first calls of each size are dbo's trials and are not timed; both variants are compiled with a symbolic
+number of tokens. Without root both ranks talk over loopback, whose rate is what it is.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.bench_link import CONFIG, SMALL, comm_seconds, in_place_of_exchange, make_model, sizes_sent
+from benchmarks.link import agreed, joined, set_rate, start_ranks, why_no_link
+from benchmarks.results import Table, alternating, options, publish
+from dbo_compile import compat, reports
+
+SIZES = tuple(2**i for i in range(13))
+TYPICAL_SIZE = 512
+"""The size for which a ratio of communication to compute is meant; smaller sizes have their own."""
+TRIALS = 20
+REFERENCE_MBIT = 1000.0
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 1.0, 4.0])
+    parser.add_argument("--rank", type=int, help="of this process; set by the benchmark itself")
+    args = parser.parse_args()
+    why = why_no_link()
+    if args.rank is None:
+        sys.exit(start_ranks("benchmarks.bench_sizes", sys.argv[1:], link=not why))
+    sizes = args.sizes or ((1, 8, 64) if args.quick else SIZES)
+    config = SMALL if args.quick else CONFIG
+    with joined(args.rank), torch.no_grad(), compat.host_reads_in_graph():
+        links = over_loopback() if why else over_links(config, args.ratios)
+        rows = [row for link in links for row in measured(config, sizes, link, repeats=5 if args.quick else 25)]
+        if args.rank == 0:
+            about = f"Over loopback, since {why}. " if why else "Rates are such that communication takes so many times "
+            about += "" if why else f"what computing takes at {TYPICAL_SIZE} tokens. "
+            publish("sizes", "Never slower", tables(rows), about=about + ABOUT, write=args.write)
+
+
+ABOUT = (
+    "Medians in turn, ± half the distance of the quartiles. `chosen` is what dbo's trials ended with; where it is "
+    "`inductor`, both variants run the same code, and what is left of the ratio is the agreement of the ranks on each step, "
+    "the un-padding, and noise."
+)
+Row = tuple[str, int, str, str, float, str]
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    ratios = [row[4] for row in rows]
+    worst = max(rows, key=lambda row: row[4])
+    found = [(f"{worst[4]:.3f}", f"{worst[1]} tokens, {worst[0]}", f"{statistics.median(ratios):.3f}", len(rows))]
+    shown = [(*row[:4], f"{row[4]:.3f}", row[5]) for row in rows]
+    columns = ("link", "tokens", "Inductor ms", "dbo ms", "dbo / Inductor", "chosen (trials)")
+    summary = Table(("worst ratio", "where", "median ratio", "cases"), found, title="Worst and median")
+    return [summary, Table(columns, shown, title="Each size")]
+
+
+def over_loopback() -> Iterator[str]:
+    yield "loopback"
+
+
+def over_links(config: dict[str, Any], ratios: Sequence[float]) -> Iterator[str]:
+    """Set each rate, one after the other."""
+    model, ids = make_model(config), tokens(config, TYPICAL_SIZE)
+    unexchanged = partial(in_place_of_exchange, torch.compile(model, fullgraph=True), ids)
+    unexchanged()
+    compute = agreed(alternating({"": unexchanged}, 5, before=dist.barrier)[""].median)
+    sent = sizes_sent(model, ids)
+    set_rate(REFERENCE_MBIT)
+    comm = comm_seconds(sent, 5)
+    for ratio in ratios:
+        mbit = REFERENCE_MBIT * comm / (ratio * compute)
+        set_rate(mbit)
+        yield f"{mbit:.0f} Mbit/s, ratio {ratio:g}"
+
+
+def measured(config: dict[str, Any], sizes: Sequence[int], link: str, repeats: int) -> Iterator[Row]:
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64
+    model = make_model(config)
+    variants = {
+        "Inductor": torch.compile(model, fullgraph=True, dynamic=True),
+        "dbo": torch.compile(model, backend="dbo", fullgraph=True),
+    }
+    for size in sorted(sizes, reverse=True):
+        ids = tokens(config, size)
+        for fn in variants.values():
+            for _ in range(TRIALS):
+                fn(ids)
+        took = alternating({name: partial(fn, ids) for name, fn in variants.items()}, repeats, before=dist.barrier)
+        both = took["Inductor"], took["dbo"]
+        ratio = agreed(both[1].median) / agreed(both[0].median)
+        yield link, size, both[0].ms(2), both[1].ms(2), ratio, chosen()
+
+
+def chosen() -> str:
+    """The last decision, with its trials."""
+    decisions = list(reports()[-1].decisions.values())
+    return str(decisions[-1]) if decisions else "not split as a whole: " + reports()[-1].reason
+
+
+def tokens(config: dict[str, Any], size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * size + dist.get_rank())
+    return torch.randint(0, config["vocab_size"], (size, 1), generator=generator)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Paged attention of transformers' continuous batching as one op, so that a step of it is one graph.
+
+`continuous_batching()` puts it in the place of "sdpa". transformers itself breaks the graph in every layer, as the caches
+of all layers are views of one tensor, which AOTAutograd would copy. The op is given that tensor whole, and writes it in
+place. Attention over sliding windows, and over block tables (the fast path of decode, flash attention only), stays as
+transformers has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from dbo_compile.rules.requests import register_attention_op
+
+TOKEN_DIMS = {"input_ids": 1, "position_ids": 1, "attention_mask": 2, "write_index": 0}
+"""The `token_dims` of a step of continuous batching, whatever the model."""
+
+
+@torch.library.custom_op("dbo_compile::paged_attention", mutates_args=("cache",))
+def paged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    cache: torch.Tensor,
+    write_index: torch.Tensor,
+    read_index: torch.Tensor,
+    key_start: int,
+    value_start: int,
+    scale: float | None,
+) -> torch.Tensor:
+    """Write `key` and `value`, [1, heads, T, D], to the rows `write_index` of the cache, then attend to `read_index`.
+
+    Rows of the cache are [heads, D]; keys begin at its row `key_start`, values at `value_start`. `mask` is
+    [1, 1, T, keys] and added to the scores; `query` is [1, query heads, T, D]. Returns [1, T, query heads, D].
+    """
+    rows = cache.view(-1, key.shape[1], key.shape[3])
+    seen = []
+    for states, start in ((key, key_start), (value, value_start)):
+        rows[start:].index_copy_(0, write_index, states.squeeze(0).transpose(0, 1))
+        seen.append(rows[start:].index_select(0, read_index).transpose(0, 1).unsqueeze(0))
+    is_grouped = query.shape[1] != key.shape[1]
+    out = nn.functional.scaled_dot_product_attention(query, *seen, mask, scale=scale, enable_gqa=is_grouped)
+    return out.transpose(1, 2).contiguous()
+
+
+@paged_attention.register_fake
+def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+
+
+register_attention_op(
+    torch.ops.dbo_compile.paged_attention.default,
+    tokens={"query": 2, "key": 2, "value": 2, "mask": 2, "write_index": 0},
+    caches=["cache"],
+    results=[1],
+)
+
+
+def continuous_batching() -> None:
+    """Let models with `attn_implementation="sdpa"` do a step of continuous batching in one graph.
+
+    To be called once, before `generate_batch`; what is no continuous batching is done as before. Then, in a
+    `ContinuousBatchingConfig`:
+
+        varlen_compile_config=CompileConfig(
+            backend="dbo", mode=None, fullgraph=True, dynamic=None, options={"token_dims": TOKEN_DIMS}
+        )
+    """
+    AttentionInterface.register("sdpa", attention)
+    if not hasattr(ContinuousBatchingIOs.get_model_kwargs, "__wrapped__"):
+        ContinuousBatchingIOs.get_model_kwargs = _with_keys_in_the_cache(ContinuousBatchingIOs.get_model_kwargs)
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *args: Any,
+    cache: PagedAttentionCache | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' "sdpa", with a paged cache as one op."""
+    layer: Any = module.layer_idx
+    allocator = cache.layer_to_allocator[layer] if isinstance(cache, PagedAttentionCache) else None
+    is_one_op = allocator is not None and allocator.layer_type == FULL_ATTENTION and kwargs.get("block_table") is None
+    if not is_one_op:
+        made: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, *args, cache=cache, scaling=scaling, **kwargs
+        )
+        return made
+    at = 2 * allocator.layer_indices.index(layer) * allocator.tokens_per_page
+    out = torch.ops.dbo_compile.paged_attention(
+        query, key, value, attention_mask, allocator.cache_tensor, kwargs["write_index"][allocator.index],
+        kwargs["read_index"][allocator.index], at, at + allocator.tokens_per_page, scaling,
+    )  # fmt: skip
+    return out, None
+
+
+def _with_keys_in_the_cache(get_model_kwargs: Callable[..., Any]) -> Callable[..., Any]:
+    """A step without cached tokens attends to its own keys, which transformers does not read back from the cache. A
+    microbatch has its own rows of them alone, so here it does."""
+
+    @wraps(get_model_kwargs)
+    def wrapped(self: ContinuousBatchingIOs, *args: Any, **options: Any) -> Any:
+        kwargs = get_model_kwargs(self, *args, **options)
+        pairs = zip(kwargs["read_index"], kwargs["write_index"], strict=True)
+        kwargs["read_index"] = [read if read.numel() else write.clone() for read, write in pairs]
+        return kwargs
+
+    return wrapped

@@ -1,0 +1,120 @@
+"""Tuning: what is timed, what is kept, what ranks have in common, what a file brings back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dbo_compile.runtime import tune
+from dbo_compile.runtime.tune import (
+    TRIALS,
+    Decision,
+    Size,
+    Tuner,
+    decisions_text,
+    fastest,
+    known_decisions,
+    load_decisions,
+)
+
+SIZE, OTHER = Size(8, 512), Size(9, 7)
+WAYS = ["split", "unsplit", "inductor"]
+
+
+def alone(values):
+    return [tuple(values)]
+
+
+def tuned(tuner, seconds, size=SIZE):
+    """Play until the size is decided; the ways in the order in which they were timed."""
+    order = []
+    while (found := tuner.way(size, list(seconds)))[1]:
+        order.append(found[0])
+        cold = 100.0 if order.count(found[0]) == 1 else 1.0
+        tuner.took(size, found[0], cold * seconds[found[0]])
+    return order
+
+
+@pytest.mark.parametrize(
+    ("seconds", "way"),
+    [
+        ({"split": 0.8, "unsplit": 1.0, "inductor": 0.9}, "split"),
+        ({"split": 0.8999, "unsplit": 1.0, "inductor": 0.9}, "inductor"),  # within noise
+        ({"split": 0.8, "unsplit": 0.7, "inductor": 0.9}, "unsplit"),
+        ({"split": 0.8}, "split"),
+        ({"split": 0.8, "unsplit": 1.0}, "split"),
+    ],
+)
+def test_a_split_must_be_faster_than_every_other_way(seconds, way):
+    assert fastest(seconds) == way
+
+
+def test_ways_take_turns_and_the_cold_first_time_does_not_count():
+    tuner = Tuner(alone, {})
+    order = tuned(tuner, {"split": 0.3, "unsplit": 0.5, "inductor": 0.4})
+    assert order == WAYS * TRIALS
+    assert tuner.decisions == {SIZE: Decision({"split": 0.3, "unsplit": 0.5, "inductor": 0.4}, "split")}
+    assert tuner.way(SIZE, WAYS) == ("split", False)
+    assert str(tuner.decisions[SIZE]) == "split (split 300.00 ms, unsplit 500.00 ms, inductor 400.00 ms)"
+
+
+def test_the_slowest_rank_counts_and_all_decide_alike():
+    mine, theirs = {"split": 0.3, "unsplit": 0.5}, {"split": 0.6, "unsplit": 0.4}
+    told = []
+
+    def share(values):
+        told.append(values)
+        return [tuple(values), tuple(round(s * 1e9) for s in theirs.values())]
+
+    tuner = Tuner(share, {})
+    tuned(tuner, mine)
+    assert told == [[300_000_000, 500_000_000]]
+    assert tuner.decisions[SIZE] == Decision({"split": 0.6, "unsplit": 0.5}, "unsplit")
+
+
+def test_each_size_is_timed_by_itself_and_a_size_that_cannot_be_split_uses_what_is_known():
+    tuner = Tuner(alone, {})
+    tuned(tuner, {"split": 0.3, "unsplit": 0.5, "inductor": 0.4})
+    assert tuner.way(OTHER, WAYS) == ("split", True)
+    assert tuner.way(SIZE, ["unsplit", "inductor"]) == ("inductor", False)
+
+
+def test_one_way_needs_no_timing():
+    assert Tuner(alone, {}).way(SIZE, ["inductor"]) == ("inductor", False)
+
+
+def test_what_is_forgotten_is_timed_again():
+    tuner = Tuner(alone, {})
+    tuned(tuner, {"split": 0.3, "unsplit": 0.5})
+    tuner.forget()
+    assert tuned(tuner, {"split": 0.3, "unsplit": 0.2}) == ["split", "unsplit"] * TRIALS
+    assert tuner.decisions[SIZE].chosen == "unsplit"
+
+
+@pytest.fixture
+def no_files(monkeypatch):
+    monkeypatch.setattr(tune, "_loaded", {})
+
+
+DECISIONS = {SIZE: Decision({"split": 0.3, "unsplit": 0.5}, "split"), OTHER: Decision({"unsplit": 0.1}, "unsplit")}
+
+
+def test_decisions_survive_in_a_file(tmp_path, no_files):
+    (tmp_path / "d.json").write_text(decisions_text({"1a": DECISIONS}))
+    load_decisions(tmp_path / "d.json")
+    assert known_decisions("1a") == DECISIONS
+    assert known_decisions("2b") == {}
+
+
+def test_decisions_of_another_version_of_pytorch_are_passed_over(tmp_path, no_files):
+    text = decisions_text({"1a": DECISIONS}).replace(torch.__version__, "1.0")
+    (tmp_path / "d.json").write_text(text)
+    load_decisions(tmp_path / "d.json")
+    assert known_decisions("1a") == {}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"torch": "1", "graphs": {"1a": {"8": {}}}}'])
+def test_a_file_of_something_else_is_an_error(tmp_path, no_files, text):
+    (tmp_path / "d.json").write_text(text)
+    with pytest.raises(ValueError, match="d.json has no decisions in it"):
+        load_decisions(tmp_path / "d.json")

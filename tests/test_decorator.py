@@ -1,0 +1,219 @@
+"""The decorator: what it is put on, what stays as it was, sizes, padding, and arguments that are wrong."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import dbo_compile
+from dbo_compile import reports
+
+OPTIONS = {"split": "always", "inner": "eager"}
+EXACT = {"rtol": 0.0, "atol": 1e-12}
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(5, 3).double()
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x, positions=None, *, scale=2.0):
+        """Doc of forward."""
+        y = self.linear(x).tanh() * scale
+        return (y, y.sum(1)) if positions is None else (y, (positions * scale).sum(0))
+
+
+@dbo_compile.dbo(token_dims={"x": 0, "positions": -1}, pad_to="auto", **OPTIONS)
+class Decorated(Model):
+    def forward(self, x, positions=None, *, scale=2.0):
+        """Doc of forward."""
+        return super().forward(x, positions, scale=scale)
+
+
+def on_instance(**options):
+    return dbo_compile.dbo(Model(), token_dims={"x": 0, "positions": -1}, **OPTIONS | {"pad_to": "auto"} | options)
+
+
+def on_function(**options):
+    return dbo_compile.dbo(Model().forward, token_dims={"x": 0, "positions": -1}, **OPTIONS | options)
+
+
+def tokens(n):
+    return torch.randn(n, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+
+
+def check(model, *args, **kwargs):
+    with torch.no_grad():
+        got, want = model(*args, **kwargs), Model()(*args, **kwargs)
+    torch.testing.assert_close(got, want, **EXACT)
+
+
+@pytest.mark.parametrize("make", [Decorated, on_instance, on_function])
+def test_every_size_is_played_by_one_graph_and_gives_what_it_gave(make):
+    model, before = make(), len(reports())
+    for n in (37, 1, 5, 129, 2):
+        check(model, tokens(n))
+    (report,) = reports()[before:]
+    assert (report.calls, report.calls_split) == (5, 4)  # one token is fewer than min_tokens
+
+
+def test_arguments_may_be_given_in_any_form():
+    model = on_instance()
+    check(model, tokens(7), scale=3.0)
+    check(model, x=tokens(9))
+    check(model, tokens(7), torch.arange(21).reshape(3, 7))
+    check(model, tokens(7), positions=torch.arange(14).reshape(2, 7), scale=0.5)
+
+
+def test_results_of_other_shapes_keep_their_size():
+    def fn(x):
+        blocks = x.repeat_interleave(3, 0)  # three rows a token
+        return {"rows": blocks, "table": x.new_ones(8, 2), "inner": x.T}
+
+    run = dbo_compile.dbo(fn, token_dims={"x": 0}, pad_to=[8, 16], **OPTIONS)
+    with torch.no_grad():
+        got = run(tokens(7))
+    torch.testing.assert_close(got, fn(tokens(7)), **EXACT)
+
+
+def test_an_input_that_is_written_in_place_is_written_without_its_padding():
+    def fn(x, cache):
+        cache.add_(x.sum(1))
+        return cache * 2
+
+    run = dbo_compile.dbo(fn, token_dims={"x": 0, "cache": 0}, pad_to=[16], **OPTIONS)
+    mine, eager = torch.ones(7, dtype=torch.float64), torch.ones(7, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(run(tokens(7), mine), fn(tokens(7), eager), **EXACT)
+            torch.testing.assert_close(mine, eager, **EXACT)
+
+
+def test_a_step_without_tokens_gives_results_without_tokens():
+    model = on_instance()
+    with torch.no_grad():
+        assert model(tokens(0)) is None  # nothing is known yet of what comes out
+        check(model, tokens(7))
+        assert [list(y.shape) for y in model(tokens(0))] == [[0, 3], [0]]
+        assert model.forward.idle_step() is None
+
+
+def test_a_step_may_be_announced():
+    model = on_instance()
+    check(model, tokens(7))
+    model.forward.agree_ahead(9)
+    check(model, tokens(9))
+    model.forward.agree_ahead(9)
+    with pytest.raises(dbo_compile.errors.Disagreement, match=r"announced .*num_tokens=9.* but came with .*=11"):
+        check(model, tokens(11))
+
+
+def test_values_of_padding_are_those_asked_for():
+    seen = []
+
+    def fn(x, slots):
+        seen.append(slots.clone())
+        return x * 2, slots
+
+    run = dbo_compile.dbo(torch.compiler.disable(fn), token_dims={"x": 0, "slots": 0}, pad_to=[8],
+                          pad_values={"slots": -1}, **OPTIONS)  # fmt: skip
+    with torch.no_grad():
+        run(tokens(5), torch.arange(5))
+    assert [s.tolist() for s in seen] == [[0, 1, 2, 3, 4, -1, -1, -1]]
+
+
+@pytest.mark.parametrize("make", [Decorated, on_instance])
+def test_what_is_decorated_looks_as_it_did(make):
+    model, plain = make(), Model()
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)
+    assert model.forward.__doc__ == "Doc of forward."
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
+
+
+@pytest.mark.parametrize("make", [Decorated, on_instance])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_decorated_too_and_know_nothing_of_each_other(make, copied):
+    model = make()
+    check(model, tokens(7))
+    other = copied(model)
+    with torch.no_grad():
+        other.linear.weight.zero_()
+        assert torch.equal(other(tokens(3))[0], Model().linear.bias.tanh().mul(2).expand(3, 3))
+    check(model, tokens(7))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_is_decorated_can_be_exported(strict):
+    program = torch.export.export(on_instance(), (tokens(7),), strict=strict)
+    torch.testing.assert_close(program.module()(tokens(7)), Model()(tokens(7)), **EXACT)
+
+
+def test_as_part_of_something_compiled_it_is_what_it_was():
+    model = on_instance()
+    run = torch.compile(lambda x: model(x)[0] + 1, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(run(tokens(7)), Model()(tokens(7))[0] + 1, **EXACT)
+
+
+def test_no_grad_may_be_inside_or_outside():
+    @dbo_compile.dbo(token_dims={"x": 0}, **OPTIONS)
+    @torch.no_grad()
+    def inside(x):
+        return x * 2
+
+    outside = torch.no_grad()(dbo_compile.dbo(lambda x: x * 2, token_dims={"x": 0}, **OPTIONS))
+    x = tokens(7).requires_grad_()
+    for fn in (inside, outside):
+        assert torch.equal(fn(x), x * 2)
+        assert not fn(x).requires_grad
+
+
+def fails(match, call, *args, **kwargs):
+    with torch.no_grad(), pytest.raises((ValueError, TypeError), match=match):
+        call(*args, **kwargs)
+
+
+def test_wrong_decorations_are_errors():
+    fails("'position' is no argument; did you mean 'positions'?", dbo_compile.dbo, Model(), token_dims={"position": 0})
+    fails("'y' is no argument.* The arguments are: x, positions, scale", dbo_compile.dbo, Model(), token_dims={"x": 0}, pad_values={"y": 1})
+    fails("token_dims must name an argument", dbo_compile.dbo, Model(), token_dims={})
+    fails("unknown option 'pad'", dbo_compile.dbo, Model(), token_dims={"x": 0}, pad=8)
+    fails("decorates a Module, a class of Modules or a function, not int", dbo_compile.dbo, 3, token_dims={"x": 0})
+
+
+def test_wrong_calls_are_errors_and_the_next_right_one_works():
+    model = on_instance(pad_to=[8, 16])
+    idle = model.forward.idle_step
+    fails("idle_step has seen no call yet", idle)
+    check(model, tokens(7))
+    fails("17 tokens are more than the largest size in pad_to, 16", model, tokens(17))
+    fails(r"one number of tokens \(positions: 6, x: 7\)", model, tokens(7), torch.ones(2, 6))
+    fails("missing a required argument: 'x'", model)
+    fails("unexpected keyword argument 'y'", model, tokens(7), y=3)
+    check(model, tokens(9))
+
+
+def test_a_value_that_the_dtype_of_its_input_has_not_is_an_error():
+    run = dbo_compile.dbo(lambda x, ids: x * ids[:, None], token_dims={"x": 0, "ids": 0}, pad_values={"ids": 0.5},
+                          **OPTIONS)  # fmt: skip
+    fails(r"pad_values\['ids'\]=0.5 is no value of torch.int64", run, tokens(7), torch.ones(7, dtype=torch.int64))
+
+
+def test_a_model_whose_padding_would_be_seen_is_an_error_not_a_wrong_answer():
+    run = dbo_compile.dbo(lambda x: x - x.mean(0), token_dims={"x": 0}, pad_to=[8], **OPTIONS)
+    with torch.no_grad():
+        torch.testing.assert_close(run(tokens(8)), tokens(8) - tokens(8).mean(0), **EXACT)
+    fails(r"cannot be padded: mean .* sees all tokens at once: it reduces over the token dim 0", run, tokens(7))
+
+
+def test_arguments_without_names_are_refused():
+    run = dbo_compile.dbo(lambda x, *more: x, token_dims={"x": 0}, **OPTIONS)
+    fails("takes its arguments by name, but more has none", run, tokens(7), 3)
