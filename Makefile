@@ -20,6 +20,7 @@ help:
 	@echo "make test    the test suite"
 	@echo "make check   lint, types, layers, and the documentation as a site in build/site"
 	@echo "make bench   every benchmark that runs on a CPU"
+	@echo "make soak    two ranks, 10,000 steps of random sizes: nothing leaks, hangs or differs"
 	@echo "make gpu     the tests and benchmarks that need an accelerator, with $(PYTHON) and its PyTorch"
 	@echo "make clean   remove .venv and everything else that was made here"
 
@@ -45,6 +46,9 @@ bench: $(STAMP)
 	@set -e; for file in benchmarks/bench_*.py; do \
 	    test -f "$$file" || { echo "make bench: there is no $$file" >&2; exit 1; }; \
 	    name=$$(basename "$$file" .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+
+soak: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
 # Not in .venv: a PyTorch that fits the accelerator is there already, and such machines often have no network. Nothing
 # is installed into that Python either; build/gpu is there for the entry point, the code comes from the checkout.

@@ -48,7 +48,7 @@ def usual(size: torch.SymInt | int) -> int:
     return int(optimization_hint(size, fallback=2048))
 
 
-OVERLAP_SCHEDULING = {
+OVERLAP_SCHEDULING: dict[str, Any] = {
     "reorder_for_compute_comm_overlap": True,
     "aten_distributed_optimizations.enable_overlap_scheduling": True,
     "aten_distributed_optimizations.insert_overlap_deps": True,
@@ -56,7 +56,7 @@ OVERLAP_SCHEDULING = {
     "aten_distributed_optimizations.compute_estimator": "analytical",
     "aten_distributed_optimizations.custom_runtime_estimation": runtime_ms,
 }
-"""`torch.compile(model, options=...)`: Inductor's own answer. Fusion regions and its estimates need a GPU to look at."""
+"""`torch.compile(model, options=...)`: Inductor's own answer. Fusion regions and its estimates need a GPU."""
 
 # It cannot run without a GPU otherwise: before it asks for custom estimates, it looks up the bandwidth of the GPU.
 overlap_scheduling.estimate_roofline_runtime_ms = runtime_ms
@@ -139,7 +139,7 @@ class _Turns:
     """Whose turn it is: one of two threads runs at a time. Outside of a split step, handing over does nothing."""
 
     at_counts: bool = False
-    events: tuple[threading.Event, threading.Event] = field(default_factory=lambda: (threading.Event(), threading.Event()))
+    events: list[threading.Event] = field(default_factory=lambda: [threading.Event(), threading.Event()])
     over: list[bool] = field(default_factory=lambda: [True, True])
     mine: threading.local = field(default_factory=threading.local)
 
@@ -215,7 +215,7 @@ def _combined(rows: torch.Tensor, order: torch.Tensor, top_k_weights: torch.Tens
     return exact.combine(home, top_k_weights, like.dtype)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def yielding(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from benchmarks.bench_link import CONFIG, SMALL, make_model
 from benchmarks.results import Table, options, publish
 from dbo_compile import compat, reports
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "Inductor": {"backend": "inductor"},
     "dbo": {"backend": "dbo", "options": {"split": "always", "gate": "never"}},
     "dbo, auto": {"backend": "dbo"},
@@ -42,9 +43,9 @@ def main() -> None:
     layers = args.layers or ([2, 4] if args.quick else [2, 8, 32, 64])
     found = {n: {variant: in_fresh_process(variant, n, small=args.quick) for variant in VARIANTS} for n in layers}
     about = (
-        "Seconds of the first call, empty caches, one thread. `dbo`: split=\"always\", so each distinct segment is compiled "
-        "once. `dbo, auto`: until the trials are over; they compile the whole graph with Inductor as well, as one of the "
-        "ways to play it."
+        'Seconds of the first call, empty caches, one thread. `dbo`: split="always", so each distinct segment is '
+        "compiled once. `dbo, auto`: until the trials are over; they compile the whole graph with Inductor as well, as "
+        "one of the ways to play it."
     )
     publish("compile", "Compile cost", [seconds(found), growth(found)], about=about, write=args.write)
 
@@ -54,7 +55,8 @@ Found = dict[int, dict[str, dict[str, float]]]
 
 def seconds(found: Found) -> Table:
     rows = [
-        (n, *(f"{each[v]['seconds']:.1f}" for v in VARIANTS), f"{each['dbo']['seconds'] / each['Inductor']['seconds']:.2f}",
+        (n, *(f"{each[v]['seconds']:.1f}" for v in VARIANTS),
+         f"{each['dbo']['seconds'] / each['Inductor']['seconds']:.2f}",
          int(each["dbo"]["segments"]), int(each["dbo"]["codes"]))
         for n, each in found.items()
     ]  # fmt: skip
@@ -69,7 +71,8 @@ def growth(found: Found) -> Table:
 
 def in_fresh_process(variant: str, num_layers: int, *, small: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as cache:
-        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        one = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
+        env = os.environ | one | {"TORCHINDUCTOR_CACHE_DIR": cache}
         quick = ["--quick"] if small else []
         command = [sys.executable, "-m", "benchmarks.bench_compile", *quick, "--one", variant, str(num_layers)]
         out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -91,9 +94,9 @@ def first_call(variant: str, num_layers: int, *, small: bool) -> dict[str, float
     return {"seconds": compiling, "segments": segments, "codes": codes}
 
 
-def timed(compiled: object, ids: torch.Tensor) -> float:
+def timed(compiled: Any, ids: torch.Tensor) -> float:
     start = time.perf_counter()
-    compiled(ids)  # type: ignore[operator]
+    compiled(ids)
     return time.perf_counter() - start
 
 

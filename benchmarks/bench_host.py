@@ -49,9 +49,10 @@ def main() -> None:
             step()
         took[n] = alternating(ways, repeats)
     about = (
-        f"Medians of {repeats} steps in turn, ± half the distance of the quartiles. A switch is a change of lane in the "
-        "program of dbo, a hand-over between threads or coroutines elsewhere. An exchange of a microbatch has two of the "
-        "former and one of the latter, so the ways are compared by exchange. No way touches a device or a stream here."
+        f"Medians of {repeats} steps in turn, ± half the distance of the quartiles. A switch is a change of lane in "
+        "the program of dbo, a hand-over between threads or coroutines elsewhere. An exchange of a microbatch has two "
+        "of the former and one of the latter, so the ways are compared by exchange. No way touches a device or a "
+        "stream here."
     )
     tables = [each_step(took, switches), slopes(took, switches)]
     publish("host", "Host cost of a step", tables, about=about, write=args.write)

@@ -71,11 +71,12 @@ def main() -> None:
 
 def about(config: dict[str, Any], num_tokens: int) -> str:
     return (
-        f"Qwen3-MoE, {config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, two ranks, {num_tokens} "
-        "tokens a rank and step. Medians in turn, ± half the distance of the quartiles. `compute`: the step of Inductor "
-        "with the exchange left out. `comm`: the exchanges of a step one after the other. Hidden: (compute + comm - step) / "
-        "min(compute, comm), the share of what can be hidden; below 0 where the step costs more than both. Both ranks, "
-        "the threads of gloo and the link share the cores of one machine, so copying takes time from computing."
+        f"Qwen3-MoE, {config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, two ranks, "
+        f"{num_tokens} tokens a rank and step. Medians in turn, ± half the distance of the quartiles. `compute`: the "
+        "step of Inductor with the exchange left out. `comm`: the exchanges of a step one after the other. Hidden: "
+        "(compute + comm - step) / min(compute, comm), the share of what can be hidden; below 0 where the step costs "
+        "more than both. Both ranks, the threads of gloo and the link share the cores of one machine, so copying takes "
+        "time from computing."
     )
 
 

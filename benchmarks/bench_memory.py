@@ -47,8 +47,8 @@ def main() -> None:
         rows = [row for num_tokens in sizes for row in measured(config, ways, num_tokens)]
     dist.destroy_process_group()
     about = (
-        f"{config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, float32. The figures are counted, and do "
-        "not vary. `dbo, never split` is Inductor's whole graph; `segments, not split` plays the segments on all rows."
+        f"{config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, float32. The figures are counted, "
+        "and do not vary. `dbo, never split` is Inductor's whole graph; `segments, not split` plays the segments on all rows."
     )
     columns = ("tokens", "way", "peak MiB", "/ Inductor")
     publish("memory", "Peak memory of a step", [Table(columns, rows)], about=about, write=args.write)
@@ -71,7 +71,7 @@ def peak_bytes(fn: Callable[..., Any], *args: Any) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = fn(*args)
     del result  # lived to the end of the call, so it counts
-    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = recorded.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return highest(num_bytes for _, num_bytes in changes)
 

@@ -219,7 +219,8 @@ SMALL_DECODE = tuple(DECODE(8, num_tokens=t) for t in (64, 128))
 LARGE_EP_DECODE = tuple(DECODE(64, num_tokens=t) for t in (32, 64, 128, 256))
 PUBLISHED = (
     Published(
-        "SGLang, 96 H100, DeepSeek-V3, prefill of 4096-token prompts on EP32 (lmsys.org/blog/2025-05-05-large-scale-ep)",
+        "SGLang, 96 H100, DeepSeek-V3, prefill of 4096-token prompts on EP32 "
+        "(lmsys.org/blog/2025-05-05-large-scale-ep)",
         "50.3k tokens/s a node, overlap on",
         lambda: node_rate(PREFILL(32), split=True),
         "Kernels at 70 % of their best, even routing and nothing between kernels: too fast by that much.",
@@ -228,15 +229,15 @@ PUBLISHED = (
         "the same, overlap on against off (as reported of that blog; the blog's own table was not at hand)",
         "+27 % to +35 %",
         lambda: gains(PREFILL(32), Setting("prefill", 32, 8192, 1024)),
-        "Too high: what the model leaves out (norms, quantising, permuting rows, uneven experts) is compute, so the true "
-        "share of communication is smaller, and halves run at a lower share of the peak than the whole.",
+        "Too high: what the model leaves out (norms, quantising, permuting rows, uneven experts) is compute, so the "
+        "true share of communication is smaller, and halves run at a lower share of the peak than the whole.",
     ),
     Published(
         "SGLang, decode: a comment in its DeepSeek-V4 code",
         "overlap in decode regresses",
         lambda: f"{gains(*LARGE_EP_DECODE)} on EP64, {gains(*SMALL_DECODE)} on EP8",
-        "Right for small batches on few GPUs, where both halves read all weights. Too high for large ones: twice as many "
-        "kernels cost nothing here, and half a batch takes half the time of all that is not bound by reading weights.",
+        "Right for small batches on few GPUs, where both halves read all weights. Too high for large ones: twice as "
+        "many kernels cost nothing here, and half a batch takes half the time of all that is not bound by reading weights.",
     ),
     Published(
         "vLLM RFC #50738, DeepSeek-V2-Lite on 2 GPUs, decode, eager",
@@ -275,10 +276,11 @@ def main() -> None:
     args = options(__doc__).parse_args()
     about = (
         f"{NUM_LAYERS} layers of DeepSeek-V3 with their shared expert, times from published kernel and network figures "
-        f"(sources in `benchmarks/bench_scale.py`), kernels taken at {CHIP.reached:.0%} of their peaks. Prefill: 16384 tokens a GPU, prompts of "
-        "4096, as in github.com/deepseek-ai/profile-data; decode: 4096 tokens of context. Prefill exchanges by DeepEP's "
-        "normal kernels, which take 24 of 132 SMs from the computing that they overlap; decode by the low-latency ones, "
-        "which take none of them. Published up to EP64 and EP256; EP320 counts as 256. **These are predictions, not measurements.**"
+        f"(sources in `benchmarks/bench_scale.py`), kernels taken at {CHIP.reached:.0%} of their peaks. Prefill: 16384 "
+        "tokens a GPU, prompts of 4096, as in github.com/deepseek-ai/profile-data; decode: 4096 tokens of context. "
+        "Prefill exchanges by DeepEP's normal kernels, which take 24 of 132 SMs from what they overlap; decode by the "
+        "low-latency ones, which take none. Published up to EP64 and EP256; EP320 counts as 256. "
+        "**These are predictions, not measurements.**"
     )
     publish("scale", "Simulation at scale", [at_scale(), next_to_others()], about=about, write=args.write)
 

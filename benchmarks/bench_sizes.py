@@ -52,8 +52,8 @@ def main() -> None:
 
 ABOUT = (
     "Medians in turn, ± half the distance of the quartiles. `chosen` is what dbo's trials ended with; where it is "
-    "`inductor`, both variants run the same code, and what is left of the ratio is the agreement of the ranks on each step, "
-    "the un-padding, and noise."
+    "`inductor`, both variants run the same code, and what is left of the ratio is the agreement of the ranks on each "
+    "step, the un-padding, and noise."
 )
 Row = tuple[str, int, str, str, float, str]
 

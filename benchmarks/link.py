@@ -1,4 +1,4 @@
-"""Two ranks with one thread each, joined by a link of a given rate (network namespaces, see `link.sh`) or by loopback."""
+"""Two ranks with one thread each, joined by a link of a given rate (see `link.sh`) or by loopback."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ _ADVICE = (
     (r"largest among many tokens|counts of rows|limit", "Route without a capacity that drops tokens."),
     (r"sorts values .* no integers", "Sort integers, such as expert numbers: other values mix tokens."),
     (r"statistics over all tokens", "Call model.eval(): batch statistics are taken in training alone."),
-    (r"are in the .* dim, and it relates them", "Let the token dim be the batch: tokens of a sequence need each other."),
+    (r"are in the .* dim, and it relates them", "Make the batch the token dim: tokens of a sequence need each other."),
     (r"mask", "Give the mask the token dim of what it masks, one row for each token."),
-    (r"(sums?|reduces|adds? up|largest|smallest).*(token|rows)", "A sum or mean over tokens needs them all: make it "
-     "one per token, or leave it out of inference, as an auxiliary loss can be."),
+    (r"(sums?|reduces|adds? up|largest|smallest).*(token|rows)", "A sum or mean over tokens needs them all: make "
+     "it one per token, or leave it out of inference, as an auxiliary loss can be."),
     (r"view|merges or cuts|flattens", "Keep the token dim a dim of its own, or fold only dims after it into it."),
 )  # fmt: skip
 ANY = "It is played once on all tokens; between splits that costs a join. What comes before and after it is split."

@@ -6,6 +6,7 @@ stay wide enough to be told apart. The text form is `runtime.clock.chart`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -193,12 +194,11 @@ class _Drawing:
 
 
 def _label(interval: Interval, width: float) -> str:
-    """The name of a step, or what fits of it: `layers_0_self_attn#1`, `self_attn#1`, `attn#1`, `att...`."""
-    words = str(Step(interval.segment, interval.microbatch)).split("_")
-    names = ["_".join(words[i:]) for i in range(len(words))]
-    most = int(width / CHAR)
-    cut = f"{names[-1][: most - 1]}\N{HORIZONTAL ELLIPSIS}" if most >= 4 else ""
-    return next((name for name in names if len(name) <= most), cut)
+    """The name of a step, or what fits of it: `layers_0_self_attn#1`, `self_attn#1`, `self...`."""
+    name, most = str(Step(interval.segment, interval.microbatch)), int(width / CHAR)
+    inside = re.sub(r"^\w*?_\d+_(?=[A-Za-z])", "", name)  # where the layer is known by its neighbours
+    cut = f"{inside[: most - 1]}\N{HORIZONTAL ELLIPSIS}" if most >= 4 else ""
+    return next((label for label in (name, inside) if len(label) <= most), cut)
 
 
 def _hover(interval: Interval, paths: Mapping[str, str]) -> str:

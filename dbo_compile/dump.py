@@ -26,7 +26,7 @@ from dbo_compile.page import graph_page, root_page
 from dbo_compile.passes.cost import NUM_ROWS
 from dbo_compile.report import Levels, Report, add_report, reports, times
 from dbo_compile.runnable import runnable
-from dbo_compile.runtime.clock import Timeline
+from dbo_compile.runtime.clock import Interval, Timeline
 from dbo_compile.text import captured_text, placements_text, segments_text
 from dbo_compile.trace import chrome_trace
 
@@ -183,6 +183,8 @@ def _results(
     calls = list(filter(_is_split, calls)) or calls
     data = {**report.to_dict(), "measured": [times(call.timeline) for call in calls], **(facts or {})}
     data["versions"] = _versions()
+    for segment in data["segments"] if calls else ():
+        segment["measured_seconds"] = _mean([i for i in calls[-1].timeline.intervals if i.segment == segment["name"]])
     charts = _charts(report.levels, calls) if report.levels else []
     lanes = svg(charts)
     trace = chrome_trace(charts, rank() or 0)
@@ -192,6 +194,10 @@ def _results(
         files.append(Written("trace.json", "the lanes for ui.perfetto.dev or chrome://tracing", trace))
     page = graph_page(data, lanes, [*links, *((file.name, file.what) for file in files)])
     return [*files, Written("index.html", "this page", page)]
+
+
+def _mean(intervals: Sequence[Interval]) -> float:
+    return sum(i.end - i.start for i in intervals) / max(1, len(intervals))
 
 
 def _charts(levels: Levels, calls: Sequence[Call]) -> list[Chart]:

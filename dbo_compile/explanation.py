@@ -18,7 +18,6 @@ from dbo_compile.overview import overview, overview_html
 from dbo_compile.report import Report, reports, times
 from dbo_compile.runtime.clock import Timeline
 
-
 MOST_CALLS = 4
 """`split="auto"` tries other ways in between: after so many calls a split one was among them."""
 

@@ -68,14 +68,21 @@ def _graph(report: Mapping[str, Any], chart: str, files: Sequence[tuple[str, str
     declined = [(reason, times, advice(reason)) for reason, times in report["calls"]["declined"].items()]
     yield from _table("Calls that were not split", ("reason", "calls", "what to do"), declined)
     yield from _decisions(report["decisions"])
-    segments = [
-        (s["name"], s["lane"], s["times"], s["seconds"] * 1e3, s["code"], s["module"]) for s in report["segments"]
-    ]
-    yield from _table("Segments", ("segment", "lane", "times", "modelled ms", "code of", "module"), segments)
+    yield from _segments(report["segments"])
     yield "<h2>Files</h2><table>"
     for name, what in files:
         yield f'<tr><td class="code"><a href="{escape(name)}">{escape(name)}</a></td><td>{escape(what)}</td></tr>'
     yield "</table>"
+
+
+def _segments(segments: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    has_measured = any("measured_seconds" in s for s in segments)
+    heads = ("segment", "lane", "times", "modelled ms", *(["measured ms"] if has_measured else []), "code of", "module")
+    rows = []
+    for s in segments:
+        measured = [s["measured_seconds"] * 1e3] if has_measured else []
+        rows.append((s["name"], s["lane"], s["times"], s["seconds"] * 1e3, *measured, s["code"], s["module"]))
+    yield from _table("Segments", heads, rows)
 
 
 def _summary(report: Mapping[str, Any]) -> str:

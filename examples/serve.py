@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3MoeConfig
 
 import dbo_compile
-import dbo_compile.integrations.paged  # for its effect: the op torch.ops.dbo_compile.paged_attention
+from dbo_compile.integrations.paged import paged_attention
 from dbo_compile.integrations.transformers import expert_parallel
 from dbo_compile.measure import measured
 
@@ -85,7 +85,7 @@ def attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """What transformers calls in each layer: attention to the whole cache, as far as the mask allows."""
     keys = 2 * module.layer_idx * num_rows
-    out = torch.ops.dbo_compile.paged_attention(
+    out = paged_attention(
         query, key, value, attention_mask, rows, slots, torch.arange(num_rows), keys, keys + num_rows, scaling
     )
     return out, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from itertools import combinations, pairwise
 from xml.etree import ElementTree
 
@@ -21,6 +22,7 @@ COSTS = {
 }  # fmt: skip
 
 
+@cache
 def moe_chart(num_layers, title="a <b> & more"):
     program = moe_program(num_layers)
     timeline = simulate(program, lambda run: COSTS[run.segment.rstrip("0123456789")])

@@ -107,8 +107,9 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_the_debugging_guide_names_the_files_of_a_dump(tmp_path):
+    options = {"split": "always", "inner": "eager"}
     with dbo_compile.debug(tmp_path, bytecode=False), torch.no_grad():
-        torch.compile(torch.nn.Linear(5, 3), backend="dbo", options={"split": "always"})(torch.randn(9, 5))
+        torch.compile(torch.nn.Linear(5, 3), backend="dbo", options=options)(torch.randn(9, 5))
     (folder,) = tmp_path.glob("rank0/graph*")
     told = text_of("docs/debugging.md")
     assert [p.name for p in folder.iterdir() if p.name not in told] == []
@@ -127,6 +128,12 @@ def test_listings_are_what_the_tool_prints_now(tool, levels):
     for name, text in made.items():
         assert found[name].rstrip("\n") == text, f"{name}: {HOW_TO}"
     assert tool.refreshed(page, made) == page
+
+
+def test_every_option_is_in_the_table_with_its_meaning(tool):
+    page = text_of("docs/options.md")
+    assert tool.with_options(page) == page, HOW_TO
+    assert [f.name for f in fields(Config)] == re.findall(r"^\| `(\w+)`", page, re.MULTILINE)
 
 
 def test_charts_are_what_the_tool_draws_now(tool, levels):

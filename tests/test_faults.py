@@ -1,7 +1,7 @@
 """One rank of several goes wrong: every other one gets an error that names it, in time, and can go on.
 
 Each trial takes a rank, a step and a place in it at random (seeded). `FAULT_TRIALS=20` has twenty trials of each fault
-instead of four.
+instead of four. Several worlds of ranks play at the same time, since most of it is waiting.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from queue import Queue
 from typing import Any, NamedTuple
 
@@ -24,43 +23,47 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+from torch import nn
 
 import dbo_compile
-from dbo_compile.errors import Disagreement, RankLost
-from tests.ranks import Ranks
+from tests.ranks import RankFailed, Ranks
 
 pytestmark = pytest.mark.ranks
 NUM_TRIALS = int(os.environ.get("FAULT_TRIALS", "4"))
 NUM_RANKS, NUM_WORLDS = 4, 4
 TIMEOUT_S = 2.0
-HIDDEN, MIDDLE, OUT = 5, 11, 3
-STYLES = ("plain", "decorated")
-PLACES = ("before the step", "in the first microbatch", "in the second microbatch", "while it compiles")
+CONNECT_S = 10 * TIMEOUT_S
+HIDDEN, MIDDLE, OUT = 6, 10, 4
+"""Even, and numbers of tokens are odd: none is mistaken for another."""
+LARGEST = 40
+"""The largest size that steps are padded to."""
+BEFORE, FIRST, SECOND, COMPILING = "before the step", "in one microbatch", "in the other one", "while it compiles"
 
 
 # -- what ranks play --------------------------------------------------------------------------------------------------
 
 
 class Alarm:
-    """What befalls this rank when the op `touch` is run, or traced, for the n-th time from now on."""
+    """What befalls this rank when the op `touch` runs, or is traced, for the n-th time from now on."""
 
     def __init__(self) -> None:
-        self.fault: Callable[[], None] | None = None
-        self.num_left = 0
-        self.traced = False
-        self.last_at = 0.0
+        self.rang_at = 0.0
+        self.off()
 
     def set(self, fault: Callable[[], None], place: str) -> None:
-        self.fault, self.traced = fault, place == "while it compiles"
-        self.num_left = 2 if place == "in the second microbatch" else 1
+        self.fault, self.traced = fault, place == COMPILING
+        self.num_left = {FIRST: 1, SECOND: 2, COMPILING: 3}[place]  # Dynamo traces a model twice before it is compiled
+
+    def off(self) -> None:
+        self.fault, self.traced, self.num_left = None, False, 0
 
     def ring(self, *, traced: bool) -> None:
-        self.last_at = time.monotonic()
-        if self.fault is not None and traced == self.traced:
-            self.num_left -= 1
-            if not self.num_left:
-                fault, self.fault = self.fault, None
-                fault()
+        self.rang_at = time.monotonic()
+        if self.fault is None or traced != self.traced:
+            return
+        self.num_left -= 1
+        if not self.num_left:
+            self.fault()
 
 
 ALARM = Alarm()
@@ -83,44 +86,33 @@ def _(x):
     return x.place
 
 
-def weights(*sizes):
-    return torch.randn(*sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(sizes[0]))
+class Model(nn.Module):
+    """Token by token but for a sum over ranks, of token n here and token n there."""
 
+    def __init__(self, group: dist.ProcessGroup, *, num_sums: int = 1) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.up = nn.Parameter(torch.randn(HIDDEN, MIDDLE, dtype=torch.float64, generator=generator))
+        self.down = nn.Parameter(torch.randn(MIDDLE, OUT, dtype=torch.float64, generator=generator))
+        self.group, self.num_sums = group, num_sums
 
-IN, BACK = weights(HIDDEN, MIDDLE), weights(MIDDLE, OUT)
+    def here(self, x, shift):
+        return x @ self.up[: x.shape[1]].to(x.dtype) + shift[:, None]
 
-
-def model_over(group, *, num_layers=1):
-    def model(x, shift):
-        x = torch.ops.dbo_faults.touch(x @ IN + shift[:, None])
-        for _ in range(num_layers):
-            x = torch.tanh(funcol.all_reduce(x, "sum", group))
-        return x @ BACK
-
-    return model
+    def forward(self, x, shift):
+        y = torch.ops.dbo_faults.touch(self.here(x, shift))
+        for _ in range(self.num_sums):
+            y = torch.tanh(funcol.all_reduce(y, "sum", self.group))
+        return y @ self.down.to(y.dtype)
 
 
 # -- one trial, as each rank sees it ----------------------------------------------------------------------------------
 
 
-class Inputs(NamedTuple):
-    x: torch.Tensor
-    shift: torch.Tensor
-
-
-class Told(NamedTuple):
-    """What a rank has to say of a trial: each error as `type: words`, and how long it took."""
-
-    error: str
-    seconds: float
-    again: str
-    seconds_again: float
-    threads_left: tuple[str, ...]
-    is_right_after: bool
-
-
 @dataclass(frozen=True)
 class Trial:
+    """`victim` is an index of `members`, the ranks that take part; after `num_good` steps the fault is at `place`."""
+
     fault: str
     style: str
     place: str
@@ -129,19 +121,353 @@ class Trial:
     members: tuple[int, ...]
     seed: int
 
-    @cached_property
-    def sizes(self):
-        rng = random.Random(self.seed)
-        return [[rng.randrange(3, 40, 2) for _ in self.members] for _ in range(self.num_good + 2)]
+    @property
+    def kind(self) -> Fault:
+        return FAULTS[self.fault]
+
+    def sizes(self, step):
+        rng = random.Random(97 * self.seed + step)
+        return [rng.randrange(3, LARGEST, 2) for _ in self.members]
 
     def inputs(self, step, member):
-        rng, n = torch.Generator().manual_seed(1000 * self.seed + 10 * step + member), self.sizes[step][member]
-        return Inputs(torch.randn(n, HIDDEN, dtype=torch.float64, generator=rng), torch.randint(-3, 4, (n,), generator=rng))
+        n, generator = self.sizes(step)[member], torch.Generator().manual_seed(97 * self.seed + 7 * step + member)
+        x = torch.randn(n, HIDDEN, dtype=torch.float64, generator=generator)
+        return x, torch.randint(-3, 4, (n,), generator=generator)
 
     def expected(self, step, member, among):
-        """The result on `member`, if only the members `among` take part."""
-        total = torch.zeros(max(self.sizes[step]), MIDDLE, dtype=torch.float64)
+        """The result on `member` if only the members `among` take part."""
+        model, sizes = Model(None), self.sizes(step)
+        total = torch.zeros(max(sizes), MIDDLE, dtype=torch.float64)
         for i in among:
-            x, shift = self.inputs(step, i)
-            total[: len(x)] += x @ IN + shift[:, None]
-        return torch.tanh(total[: self.sizes[step][member]]) @ BACK
+            total[: sizes[i]] += model.here(*self.inputs(step, i))
+        return torch.tanh(total[: sizes[member]]) @ model.down
+
+
+class Told(NamedTuple):
+    """What a rank has to say: its error as `type: words`, after how long; the same of a call after that (`None` if it
+    was right); threads that stay; whether eager over a new group is right."""
+
+    error: str
+    seconds: float
+    again: str | None
+    seconds_again: float
+    threads: tuple[str, ...]
+    is_right_after: bool
+
+
+class Rank:
+    """This process in a trial."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+        self.group = new_group(trial.members)
+        self.me = dist.get_rank(self.group)
+        self.everyone = range(len(trial.members))
+        self.play = self.compiled(Model(self.group))
+
+    def compiled(self, model: nn.Module, **options: Any) -> Any:
+        trial = self.trial
+        options = {
+            "inner": "eager", "split": "always", "gate": "first-call" if trial.seed % 4 // 2 else "never",
+            "timeout_s": TIMEOUT_S, "dp_group": self.group, "pad_to": (LARGEST // 2, LARGEST), **options,
+        }  # fmt: skip
+        if trial.style == "plain":
+            return torch.compile(model, backend="dbo", options=options)
+        return dbo_compile.dbo(model, token_dims={"x": 0, "shift": 0}, **options)
+
+    def inputs(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.trial.inputs(step, self.me)
+
+    def step(self, i: int) -> None:
+        """A step that must go well."""
+        expected = self.trial.expected(i, self.me, self.everyone)
+        torch.testing.assert_close(self.play(*self.inputs(i)), expected)
+
+    def meets_the_fault(self) -> None:
+        """The step in which the victim goes wrong."""
+        trial = self.trial
+        if self.me == trial.victim:
+            trial.kind.play(self, self.noted)
+        else:
+            trial.kind.others(self)
+
+    def noted(self, fault: Callable[[], Any] = lambda: None) -> Any:
+        """Say when it happens, since a rank that is killed tells no more."""
+        self.store.set("fault", str(time.monotonic()))
+        return fault()
+
+    @property
+    def store(self) -> dist.Store:
+        return self.group.get_group_store()
+
+
+def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+    return dist.new_group(list(ranks), use_local_synchronization=True, timeout=timedelta(seconds=30))
+
+
+def tells(trial: Trial) -> Told:
+    """What this rank has to say of a trial."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        rank = Rank(trial)
+        for i in range(trial.num_good):
+            rank.step(i)
+        threads = {t.ident for t in threading.enumerate()}
+        came_at = time.monotonic()
+        error, raised_at = error_of(rank.meets_the_fault)
+        ALARM.off()
+        seconds = raised_at - max(came_at, ALARM.rang_at, float(rank.store.get("fault")))
+        began = time.monotonic()
+        again, ended = error_of(lambda: rank.step(trial.num_good + 1))
+        return Told(error, seconds, again, ended - began, threads_beside(threads), eager_is_right(rank))
+
+
+def error_of(play: Callable[[], Any]) -> tuple[str | None, float]:
+    try:
+        play()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.monotonic()
+    return None, time.monotonic()
+
+
+def threads_beside(before: set[int | None]) -> tuple[str, ...]:
+    """The threads that are still there a while after a fault and were not before it."""
+    until = time.monotonic() + 4.0
+    while left := [t for t in threading.enumerate() if t.ident not in before and type(t) is threading.Thread]:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.02)
+    return tuple(t.name for t in left)
+
+
+def eager_is_right(rank: Rank) -> bool:
+    """Whether a step in eager, over a new group of the ranks that are left, is right."""
+    trial = rank.trial
+    left = [i for i in rank.everyone if not trial.kind.ends or (i == trial.victim) == (rank.me == trial.victim)]
+    model = Model(new_group([trial.members[i] for i in left]))
+    x, shift = (torch.cat([t, t.new_zeros(LARGEST - len(t), *t.shape[1:])]) for t in rank.inputs(0))
+    expected = trial.expected(0, rank.me, left)
+    return torch.allclose(model(x, shift)[: len(expected)], expected)
+
+
+# -- the faults -------------------------------------------------------------------------------------------------------
+
+
+Noted = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`play` is what the victim does instead of a step, `others` what the others do. Then it has an error of its own
+    (None: it has ended, or need not have one), they have `heard`; later steps are right if the fault is `passing`."""
+
+    play: Callable[[Rank, Noted], Any]
+    own: str | None
+    heard: str
+    others: Callable[[Rank], Any] = lambda rank: rank.play(*rank.inputs(rank.trial.num_good))
+    styles: tuple[str, ...] = ("plain", "decorated")
+    places: tuple[str, ...] = (BEFORE,)
+    num_good: tuple[int, ...] = (0, 1, 2, 3)
+    ends: bool = False
+    passing: bool = True
+
+
+class OutOfLuck(Exception):
+    pass
+
+
+def out_of_luck() -> None:
+    raise OutOfLuck("no dice")
+
+
+def befallen(fault: Callable[[], None]) -> Callable[[Rank, Noted], None]:
+    def play(rank: Rank, noted: Noted) -> None:
+        if rank.trial.place == BEFORE:
+            noted(fault)
+        else:
+            ALARM.set(lambda: noted(fault), rank.trial.place)
+        rank.play(*rank.inputs(rank.trial.num_good))
+
+    return play
+
+
+def signalled(number: signal.Signals) -> Callable[[Rank, Noted], None]:
+    return befallen(lambda: os.kill(os.getpid(), number))
+
+
+def with_inputs(change: Callable[..., Any]) -> Callable[[Rank, Noted], None]:
+    def play(rank: Rank, noted: Noted) -> None:
+        noted()
+        rank.play(*change(*rank.inputs(rank.trial.num_good)))
+
+    return play
+
+
+def another_model(rank: Rank, noted: Noted) -> None:
+    other = rank.compiled(Model(rank.group, num_sums=2))
+    noted()
+    other(*rank.inputs(rank.trial.num_good))
+
+
+def other_options(rank: Rank, noted: Noted) -> None:
+    choices: list[dict[str, Any]] = [{"num_microbatches": 3}, {"min_tokens": 7}, {"pad_to": "auto"}, {"policy": "alternate"}]
+    other = rank.compiled(Model(rank.group), **random.Random(rank.trial.seed).choice(choices))
+    noted()
+    other(*rank.inputs(rank.trial.num_good))
+
+
+def never_splits(rank: Rank, noted: Noted) -> None:
+    other = rank.compiled(Model(rank.group), split="never")
+    noted()
+    if rank.trial.style == "decorated":
+        other(*rank.inputs(rank.trial.num_good))
+
+
+def wrong_pad_value(rank: Rank, noted: Noted) -> None:
+    other = rank.compiled(Model(rank.group), pad_values={"shift": 0.5})
+    noted()
+    other(*rank.inputs(rank.trial.num_good))
+
+
+def idles(rank: Rank, noted: Noted) -> None:
+    noted()
+    rank.play.forward.idle_step()
+
+
+GONE = r"RankLost: rank {v} did not (agree|finish \S+) (on|in|of) step \d+ within \d+\.\d s( \(.*\))?$"
+DIFFERS = r"Disagreement: ranks must play the same {what}, but do not \(.*rank {{v}}: \w{{16}}.*\)\. Compile "
+WRONG = r"Disagreement: rank {v} came to this step with wrong inputs; the error there says what is wrong$"
+LEFT = r"RankLost: rank {v} left: (it|compiling) raised "
+EVERYWHERE = (BEFORE, FIRST, SECOND, COMPILING)
+
+FAULTS = {
+    "is killed": Fault(signalled(signal.SIGKILL), None, GONE, places=EVERYWHERE, ends=True, passing=False),
+    "is stopped": Fault(signalled(signal.SIGSTOP), None, GONE, places=EVERYWHERE, ends=True, passing=False),
+    "raises": Fault(
+        befallen(out_of_luck), "OutOfLuck: no dice", LEFT + "OutOfLuck: no dice$", places=(FIRST, SECOND), passing=False
+    ),
+    "cannot compile": Fault(
+        befallen(out_of_luck), r".*OutOfLuck\('no dice'\)", LEFT, places=(COMPILING,), passing=False
+    ),
+    "plays another model": Fault(another_model, DIFFERS.format(what="program"), DIFFERS.format(what="program")),
+    "has other options": Fault(other_options, DIFFERS.format(what="config"), DIFFERS.format(what="config")),
+    "brings too many tokens": Fault(
+        with_inputs(lambda x, shift: (torch.ones(41, HIDDEN, dtype=x.dtype), shift.new_ones(41))),
+        "ValueError: 41 tokens are more than the largest size in pad_to, 40: ", WRONG,
+    ),
+    "brings inputs that differ": Fault(
+        with_inputs(lambda x, shift: (x, shift[1:])), r"ValueError: token inputs must have one number of tokens \(x: ",
+        WRONG, styles=("decorated",),
+    ),
+    "brings another dtype": Fault(
+        with_inputs(lambda x, shift: (x.float(), shift)), DIFFERS.format(what="program"), DIFFERS.format(what="program")
+    ),
+    "brings too few dims": Fault(
+        with_inputs(lambda x, shift: (x, shift.sum())), r"(Value|Index)Error: ", WRONG, styles=("decorated",)
+    ),
+    "pads with no value of the dtype": Fault(wrong_pad_value, r"ValueError: pad_values\['shift'\]=0.5 is no value of torch.int64", DIFFERS.format(what="config")),
+    "idles before its first call": Fault(
+        idles, "ValueError: idle_step has seen no call yet", WRONG, styles=("decorated",), num_good=(0,)
+    ),
+}  # fmt: skip
+
+
+# -- worlds of ranks, and what they must say --------------------------------------------------------------------------
+
+
+class World:
+    """Ranks that play one trial after the other; those that are killed are missing from then on."""
+
+    def __init__(self) -> None:
+        self.ranks = Ranks(NUM_RANKS, preload=[__name__, "torch._inductor.compile_fx"])
+        self.alive: list[int] = []
+
+    def members(self) -> tuple[int, ...]:
+        """Three ranks at least, so that two of them can compare notes."""
+        if len(self.alive) < 3:
+            self.ranks.kill()
+            self.ranks.start()
+            self.alive = list(range(NUM_RANKS))
+        return tuple(self.alive)
+
+    def play(self, trial: Trial) -> dict[int, Told]:
+        """What each member tells, by its rank in the group; a victim that is stopped goes on when all others did."""
+        victim = trial.members[trial.victim]
+        self.ranks.ask(trial.members, tells, trial)
+        answers = self.ranks.answers([rank for rank in trial.members if rank != victim], 60.0)
+        if trial.fault == "is killed":
+            self.alive.remove(victim)
+        else:
+            os.kill(self.ranks.pid(victim), signal.SIGCONT)
+            answers |= self.ranks.answers([victim], 30.0)
+        silent = [rank for rank in trial.members if rank in self.alive and rank not in answers]
+        if errors := [f"rank {rank}: {answer.error}" for rank, answer in answers.items() if answer.error] or silent:
+            self.alive = []
+            raise RankFailed(f"{errors}, no answer of {silent}")
+        return {trial.members.index(rank): answer.value for rank, answer in answers.items()}
+
+
+@pytest.fixture(scope="module")
+def worlds() -> Iterator[Queue[World]]:
+    free: Queue[World] = Queue()
+    made = [World() for _ in range(NUM_WORLDS)]
+    for world in made:
+        world.members()
+        free.put(world)
+    yield free
+    for world in made:
+        world.ranks.kill()  # what a lost rank did not come to is still under way, and nothing can end it
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_others_hear_of_a_rank_that(worlds, fault):
+    def play(seed: int) -> list[str]:
+        world = worlds.get()
+        trial = drawn(fault, seed, world.members())
+        try:
+            told = world.play(trial)
+            log(trial, told)
+            return [f"{trial}: {problem}" for problem in problems(trial, told)]
+        except RankFailed as error:
+            return [f"{trial}: {error}"]
+        finally:
+            worlds.put(world)
+
+    with ThreadPoolExecutor(NUM_WORLDS) as pool:
+        assert [problem for found in pool.map(play, range(NUM_TRIALS)) for problem in found] == []
+
+
+def drawn(fault: str, seed: int, members: tuple[int, ...]) -> Trial:
+    rng, kind = random.Random(f"{fault} {seed}"), FAULTS[fault]
+    place = rng.choice(kind.places)
+    num_good = 0 if place == COMPILING else rng.choice(kind.num_good)
+    if place == BEFORE and kind.ends:
+        num_good = max(1, num_good)  # a rank that has never connected is waited for ten times as long
+    style = kind.styles[seed % len(kind.styles)]
+    return Trial(fault, style, place, num_good, rng.randrange(len(members)), members, seed)
+
+
+def problems(trial: Trial, told: dict[int, Told]) -> Iterator[str]:
+    kind, survivors = trial.kind, {rank: t for rank, t in told.items() if rank != trial.victim}
+    if len({t.error for t in survivors.values()}) != 1:
+        yield f"they do not say the same: {[t.error for t in survivors.values()]}"
+    for rank, t in told.items():
+        error, want = str(t.error), kind.own if rank == trial.victim else kind.heard.format(v=trial.victim)
+        if want and not re.match(want.format(v=trial.victim), error, re.DOTALL):
+            yield f"rank {rank} heard {error!r}, not {want!r}"
+        if rank != trial.victim and t.seconds > TIMEOUT_S + 2.0:
+            yield f"rank {rank} heard after {t.seconds:.1f} s"
+        if kind.passing and t.again is not None:
+            yield f"rank {rank} raised in the next step: {t.again}"
+        if not kind.passing and (not str(t.again).startswith("RankLost: ") or t.seconds_again > 1.0):
+            yield f"rank {rank}, when it came again, heard {t.again!r} after {t.seconds_again:.1f} s"
+        if rank != trial.victim and not kind.passing and t.again != error:
+            yield f"rank {rank} first heard {error!r}, then {t.again!r}"
+        if t.threads:
+            yield f"rank {rank} has threads left: {t.threads}"
+        if not t.is_right_after:
+            yield f"rank {rank} is wrong in eager"
+
+
+def log(trial, told):
+    print(trial, *told.items(), sep="\n", flush=True)

@@ -37,7 +37,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 RUNTIME_NEVER_IMPORTS = ("passes", "rules", "graph")
 WITHOUT_FX = ("ir", "runtime")
 KNOWS_FX_ALL_THE_SAME = ("ir/tokens.py",)
-MAKES_NODES = ("passes/emit.py", "passes/code.py")
+MAKES_NODES = ("passes/emit.py", "passes/code.py", "passes/layout.py", "passes/prefix.py")
 NODE_MAKERS = ("create_node", "call_function", "call_module", "call_method")
 
 

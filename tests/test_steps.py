@@ -8,9 +8,10 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 
 import dbo_compile
-from dbo_compile import reports
+from dbo_compile import load_decisions, reports, save_decisions
 from dbo_compile.integrations.transformers import expert_parallel
 from tests.integrations.models import VOCAB, tiny_model
 from tests.ranks import Ranks
@@ -79,3 +80,96 @@ def test_every_step_gives_what_one_process_does(ranks, members, implementation, 
     assert 0 < calls_split < calls
     assert len(set(num_collectives)) == 1
     assert all(later == earlier for earlier, later in live)
+
+
+def without_decorator(implementation, batches, pad_to):
+    """The largest difference to one process, and what was declined, of plain `torch.compile`."""
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    before = len(reports())
+    alone = tiny_model("qwen3_moe", experts="batched_mm", dtype=torch.float64)
+    model = tiny_model("qwen3_moe", experts="grouped_mm", dtype=torch.float64)
+    expert_parallel(model, ep_implementation=implementation)
+    options = {"split": "always", "inner": "eager", "pad_to": pad_to}
+    compiled = torch.compile(model, backend="dbo", options=options, fullgraph=True)
+    worst = 0.0
+    with torch.no_grad():
+        for batch in batches[dist.get_rank()]:
+            ids = torch.randint(0, VOCAB, (batch, 7))
+            worst = max(worst, (compiled(ids).logits - alone(ids).logits).abs().max().item())
+    found = reports()[before:]
+    declined = [reason for r in found for reason in (r.decline_counts or [r.reason]) if reason]
+    return worst, sum(r.calls_split for r in found), declined
+
+
+@pytest.fixture(scope="module")
+def two():
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize(
+    ("implementation", "pad_to", "batches", "split"),
+    [
+        ("dbo_static", None, ((5, 2, 9), (3, 8, 4)), 3),  # what is sent is as long as the step: all pad to the largest
+        ("dbo", "auto", ((5, 2, 17), (3, 8, 4)), 3),
+        ("dbo", None, ((5, 9, 6), (5, 3, 6)), 3),
+    ],
+)
+def test_ranks_of_different_sizes_need_no_decorator(two, implementation, pad_to, batches, split):
+    for worst, calls_split, declined in two.run(without_decorator, implementation, batches, pad_to, timeout=200.0):
+        assert worst <= TOLERANCE
+        assert calls_split == split, declined
+
+
+def test_a_rank_with_a_single_sequence_makes_all_play_unsplit(two):
+    answers = two.run(without_decorator, "dbo", ((1, 1, 6), (5, 7, 6)), None, timeout=200.0)
+    assert max(worst for worst, _, _ in answers) <= TOLERANCE
+    assert [(split, declined) for _, split, declined in answers] == [
+        (1, ["it has a single token"]),
+        (1, ["the graph of rank 0 is not split"]),
+    ]
+
+
+class Sharded(torch.nn.Module):
+    """A dense layer whose inner dim is shared by the ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(16, 24), torch.nn.Linear(24, 16, bias=False)
+
+    def forward(self, x):
+        return x + funcol.all_reduce(self.down(self.up(x).relu()), "sum", dist.group.WORLD)
+
+
+def timed_steps(num_steps, path):
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Sharded()
+    compiled = torch.compile(model, backend="dbo", fullgraph=True)
+    made = torch.Generator().manual_seed(dist.get_rank())
+    with torch.no_grad():
+        for _ in range(num_steps):
+            x = torch.randn(12, 16, generator=made)
+            torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-5)
+        decided = reports()[-1].decisions
+        dist.barrier()
+        if dist.get_rank() == 0:
+            save_decisions(path)
+        dist.barrier()
+        load_decisions(path)
+        torch._dynamo.reset()
+        again = torch.compile(model, backend="dbo", fullgraph=True)
+        torch.testing.assert_close(again(x), model(x), rtol=0, atol=1e-5)
+    return decided, reports()[-1].decisions, reports()[-1].fingerprint
+
+
+def test_ranks_time_and_decide_together_and_a_restart_times_nothing_again(two, tmp_path):
+    answers = two.run(timed_steps, 20, str(tmp_path / "decisions.json"), timeout=300.0)
+    (decided, loaded, fingerprint), other = answers
+    assert (decided, loaded, fingerprint) == other
+    assert decided == loaded
+    ((size, decision),) = decided.items()
+    assert str(size) == "12/192"
+    assert list(decision.seconds) == ["split", "unsplit", "inductor"]

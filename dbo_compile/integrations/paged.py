@@ -1,9 +1,9 @@
 """Paged attention of transformers' continuous batching as one op, so that a step of it is one graph.
 
-`continuous_batching()` puts it in the place of "sdpa". transformers itself breaks the graph in every layer, as the caches
-of all layers are views of one tensor, which AOTAutograd would copy. The op is given that tensor whole, and writes it in
-place. Attention over sliding windows, and over block tables (the fast path of decode, flash attention only), stays as
-transformers has it.
+`continuous_batching()` puts it in the place of "sdpa". transformers itself breaks the graph in every layer, as the
+caches of all layers are views of one tensor, which AOTAutograd would copy. The op is given that tensor whole, and
+writes it in place. Attention over sliding windows, and over block tables (the fast path of decode, flash attention
+only), stays as transformers has it.
 """
 
 from __future__ import annotations
@@ -45,13 +45,17 @@ def paged_attention(
     [1, 1, T, keys] and added to the scores; `query` is [1, query heads, T, D]. Returns [1, T, query heads, D].
     """
     rows = cache.view(-1, key.shape[1], key.shape[3])
-    seen = []
-    for states, start in ((key, key_start), (value, value_start)):
-        rows[start:].index_copy_(0, write_index, states.squeeze(0).transpose(0, 1))
-        seen.append(rows[start:].index_select(0, read_index).transpose(0, 1).unsqueeze(0))
+    keys, values = (
+        _written(rows[start:], states, write_index).index_select(0, read_index).transpose(0, 1).unsqueeze(0)
+        for states, start in ((key, key_start), (value, value_start))
+    )
     is_grouped = query.shape[1] != key.shape[1]
-    out = nn.functional.scaled_dot_product_attention(query, *seen, mask, scale=scale, enable_gqa=is_grouped)
+    out = nn.functional.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=is_grouped)
     return out.transpose(1, 2).contiguous()
+
+
+def _written(rows: torch.Tensor, states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return rows.index_copy_(0, index, states.squeeze(0).transpose(0, 1))
 
 
 @paged_attention.register_fake
@@ -79,33 +83,28 @@ def continuous_batching() -> None:
     """
     AttentionInterface.register("sdpa", attention)
     if not hasattr(ContinuousBatchingIOs.get_model_kwargs, "__wrapped__"):
-        ContinuousBatchingIOs.get_model_kwargs = _with_keys_in_the_cache(ContinuousBatchingIOs.get_model_kwargs)
+        wrapped: Any = _with_keys_in_the_cache(ContinuousBatchingIOs.get_model_kwargs)
+        ContinuousBatchingIOs.get_model_kwargs = wrapped  # type: ignore[method-assign]
 
 
 def attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    *args: Any,
-    cache: PagedAttentionCache | None = None,
-    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' "sdpa", with a paged cache as one op."""
-    layer: Any = module.layer_idx
-    allocator = cache.layer_to_allocator[layer] if isinstance(cache, PagedAttentionCache) else None
-    is_one_op = allocator is not None and allocator.layer_type == FULL_ATTENTION and kwargs.get("block_table") is None
-    if not is_one_op:
-        made: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, *args, cache=cache, scaling=scaling, **kwargs
-        )
+    cache, layer = kwargs.get("cache"), module.layer_idx
+    allocator: Any = cache.layer_to_allocator[layer] if isinstance(cache, PagedAttentionCache) else None
+    if allocator is None or allocator.layer_type != FULL_ATTENTION or kwargs.get("block_table") is not None:
+        made: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return made
     at = 2 * allocator.layer_indices.index(layer) * allocator.tokens_per_page
     out = torch.ops.dbo_compile.paged_attention(
         query, key, value, attention_mask, allocator.cache_tensor, kwargs["write_index"][allocator.index],
-        kwargs["read_index"][allocator.index], at, at + allocator.tokens_per_page, scaling,
+        kwargs["read_index"][allocator.index], at, at + allocator.tokens_per_page, kwargs.get("scaling"),
     )  # fmt: skip
     return out, None
 

@@ -28,6 +28,12 @@ def given_numbers(
     return {n: Given() for n in g.inputs(graph) if g.is_symbolic_number(n) and g.symbols_of(g.value(n)) & own}
 
 
+def fixed_sizes(graph: fx.Graph, given: Collection[fx.Node]) -> dict[int, tuple[int | None, ...]]:
+    """The sizes of each of `given`, by position among the inputs, that are no symbols: code is made for them."""
+    inputs = {i: g.value(n) for i, n in enumerate(g.inputs(graph)) if n in given}
+    return {i: tuple(s if isinstance(s, int) else None for s in val.shape) for i, val in inputs.items()}
+
+
 def number_sources(
     graph: fx.Graph, given: Collection[fx.Node], numbers: Collection[fx.Node]
 ) -> dict[int, tuple[int, int]]:

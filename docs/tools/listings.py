@@ -1,4 +1,6 @@
-"""Makes the listings and charts of docs/how-it-works.md with the tool itself: `python docs/tools/listings.py`.
+"""Makes the listings and charts of docs/how-it-works.md, and the table of options, with the tool itself:
+
+    python docs/tools/listings.py
 
 A listing stands between `<!-- listing: name -->` and `<!-- end -->`; a test compares it with what is printed now.
 """
@@ -6,6 +8,7 @@ A listing stands between `<!-- listing: name -->` and `<!-- end -->`; a test com
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -13,6 +16,7 @@ import torch.distributed as dist
 
 from dbo_compile import reports
 from dbo_compile.chart import Chart, svg
+from dbo_compile.config import Config
 from dbo_compile.example import moe
 from dbo_compile.ir.waits import handovers
 from dbo_compile.passes.cost import NUM_ROWS
@@ -23,6 +27,7 @@ from dbo_compile.text import placements_text, segments_text
 
 DOCS = Path(__file__).parent.parent
 PAGE = DOCS / "how-it-works.md"
+OPTIONS = DOCS / "options.md"
 TORCH = "2.13"
 """Names of nodes differ between versions of PyTorch; the listings are those of this one."""
 LISTING = re.compile(r"(<!-- listing: (\w+) -->\n```\w+\n)(.*?)(```\n<!-- end -->)", re.DOTALL)
@@ -62,6 +67,16 @@ def listings(levels: Levels) -> dict[str, str]:
     }
 
 
+def options() -> str:
+    """The options as the rows of a table."""
+    rows = [(f"`{o.name}`", f"`{o.default!r}`", _cell(o.metadata["help"])) for o in fields(Config)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
 def _wrapped(words: list[str]) -> list[str]:
     lines = [""]
     for word in words:
@@ -83,7 +98,14 @@ def charts(levels: Levels) -> dict[str, str]:
     return {f"lanes-{theme}.svg": svg([drawn], theme) for theme in ("light", "dark")}
 
 
+def with_options(page: str) -> str:
+    """The page of the options with the table as it is made now."""
+    head, rule, _ = page.partition("|---|---|---|\n")
+    return f"{head}{rule}{options()}\n"
+
+
 if __name__ == "__main__":
+    OPTIONS.write_text(with_options(OPTIONS.read_text()))
     found = levels_of(1)
     PAGE.write_text(refreshed(PAGE.read_text(), listings(found)))
     for name, picture in charts(found).items():

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from dbo_compile import compat, reports
 from dbo_compile.integrations import device_exchange
 from dbo_compile.integrations.device_exchange import exchange_device
+from dbo_compile.integrations.transformers import expert_parallel
 from dbo_compile.passes.capturable import why_not_captured
+from tests.integrations.models import VOCAB, tiny_model
 from tests.integrations.test_expert_parallel import Layer, close, some_tokens
 from tests.ranks import Ranks
 
@@ -159,14 +161,10 @@ def test_a_compiled_layer_is_split_with_both_ops_on_the_comm_lane_and_nothing_on
 @pytest.mark.usefixtures("one_rank")
 @torch.no_grad()
 def test_transformers_knows_it_by_name():
-    pytest.importorskip("transformers.distributed.expert_parallel")
-    from dbo_compile.integrations.transformers import expert_parallel
-    from tests.integrations.models import VOCAB, tiny_model
-
     pretend()
     ids = torch.randint(VOCAB, (3, 5))
     want = tiny_model("qwen3_moe", experts="batched_mm")(ids).logits
-    model = expert_parallel(tiny_model("qwen3_moe", experts="grouped_mm"), ep_implementation="dbo_device")
+    model = expert_parallel(tiny_model("qwen3_moe", experts="batched_mm"), ep_implementation="dbo_device")
     torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-12)
 
 

@@ -19,7 +19,7 @@ from dbo_compile.ir.verify import verify_schedule
 from dbo_compile.passes.analyze import analyze
 from dbo_compile.passes.cut import cut, unsplit_writes
 from dbo_compile.passes.emit import emit
-from dbo_compile.passes.given import given_numbers, number_sources
+from dbo_compile.passes.given import fixed_sizes, given_numbers, number_sources
 from dbo_compile.passes.lower import lower
 from dbo_compile.passes.order import order
 from dbo_compile.passes.outline import outline
@@ -86,7 +86,8 @@ class Graph:
             raise NotSplit(capture.SPECIALISED)
         given = {nodes[i]: given_as(axis) for i, (_, axis) in axes.items() if is_given(axis)}
         numbers = number_sources(gm.graph, given, given_numbers(gm.graph, given, symbols))
-        self.inputs = RequestInputs({name: (i, axis) for i, (name, axis) in axes.items()}, numbers)
+        by_name = {name: (i, axis) for i, (name, axis) in axes.items()}
+        self.inputs = RequestInputs(by_name, numbers, fixed_sizes(gm.graph, given))
         self.placed = analyze(gm.graph, {nodes[i]: d for i, d in self.token_dims.items()}, symbols, {}, given)
         self.segments = outline(gm, cut(gm.graph, self.placed), self.placed, symbols)
         self.fns = {name: code.module.forward for name, code in self.segments.codes.items()}

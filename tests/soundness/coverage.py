@@ -84,10 +84,10 @@ def tally(infos: Iterable[Any], depth: Depth, also: Callable[[Call, View], bool]
 
 
 def tally_of_our_own(made: Tally, depth: Depth) -> None:
-    """Judge collectives, and made-up calls for each rule that was not asked."""
+    """Judge collectives, and made-up calls for each rule of an op that takes any sizes and was not asked."""
     for op, args in exchanges():
         made.add(Call(op, args, {}), depth)
-    for op in [op for op in RULES if op not in made.verdicts and not isinstance(op, str)]:
+    for op in [op for op in RULES if op not in made.verdicts and family(op) in ("pointwise", "reduce", "view")]:
         for call in made_up(op):
             made.add(call, depth)
 

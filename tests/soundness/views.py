@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from dbo_compile.ir.tokens import TOKENS, Count, Number, Shared, Split, Value
 from tests.soundness.calls import Call
+from tests.soundness.exchanges import SIMULATED
 
 MOST_ROWS = 3
 """So many rows may one token have in a dim."""
@@ -75,7 +76,7 @@ def views(call: Call, most: int) -> Iterator[View]:
     for n in sorted({s // k for a in tensors.values() for s in a.shape for k in (1, 2, 3) if s % k == 0 and s // k > 1}):
         counted = {i: 0 for i in numbers if counts(leaves[i], n)}
         others = [i for i in numbers if i not in counted]
-        for dims in islice(_token_dims(tensors, n), most):
+        for dims in islice(_token_dims(tensors, n, ranked=call.op in SIMULATED), most):
             for of_numbers in ({}, *([counted] if counted else []), *({i: 0} for i in others)):
                 view = View(n, dims | of_numbers, numbers=tuple(of_numbers))
                 yield view
@@ -83,8 +84,9 @@ def views(call: Call, most: int) -> Iterator[View]:
                     yield replace(view, positions=True)
 
 
-def _token_dims(tensors: Mapping[int, torch.Tensor], n: int) -> Iterator[dict[int, int]]:
-    may = {i: [d for d, s in enumerate(a.shape) if s % n == 0 and 0 < s // n <= MOST_ROWS] for i, a in tensors.items()}
+def _token_dims(tensors: Mapping[int, torch.Tensor], n: int, *, ranked: bool) -> Iterator[dict[int, int]]:
+    sizes = {i: a.shape[:-1] if ranked else a.shape for i, a in tensors.items()}
+    may = {i: [d for d, s in enumerate(s) if s % n == 0 and 0 < s // n <= MOST_ROWS] for i, s in sizes.items()}
     yield from ({i: d} for i, dims in may.items() for d in dims)
     for choice in product(*([None, *dims] for dims in may.values())):
         chosen = {i: d for i, d in zip(may, choice, strict=True) if d is not None}

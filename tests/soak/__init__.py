@@ -1,0 +1,1 @@
+"""Long runs on real ranks: `make soak`."""
