@@ -26,6 +26,7 @@ from dbo_compile.ir.verify import verify_schedule
 from dbo_compile.log import logger, setup_from_environment
 from dbo_compile.passes import inner
 from dbo_compile.passes.analyze import analyze, draws_random_numbers
+from dbo_compile.passes.capturable import why_not_captured
 from dbo_compile.passes.cost import CostModel
 from dbo_compile.passes.cut import cut, unsplit_writes
 from dbo_compile.passes.emit import emit
@@ -34,9 +35,12 @@ from dbo_compile.passes.order import order
 from dbo_compile.passes.outline import Outline, outline
 from dbo_compile.passes.sync import sync
 from dbo_compile.report import Levels, Report, add_report, reports
-from dbo_compile.rules.collectives import comm_op
+from dbo_compile.rules.collectives import comm_op, sms_setters
+from dbo_compile.runtime import graphs
 from dbo_compile.runtime.agree import CPU, Agreement, agreement_over
 from dbo_compile.runtime.engine import Engine, Follower
+from dbo_compile.runtime.graphs import Player
+from dbo_compile.runtime.player import player_for
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.signature import Signature, TokenInput
 from dbo_compile.runtime.ways import Programs, Whole
@@ -59,7 +63,6 @@ def dbo(
 
 def compile_with(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config) -> Callable[..., Any]:
     """Compile a Dynamo graph with options that were checked before."""
-    _refuse_what_is_not_there(config)
     original = copy.copy(gm)
     groups = capture.comm_groups(gm)
     try:
@@ -71,16 +74,6 @@ def compile_with(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: C
     except NotSplit as why:
         fn = _not_split(original, example_inputs, config, str(why))
         return Follower(fn, _agreement(groups, config), config) if groups else fn
-
-
-NOT_THERE = ("cuda_graph", "comm_sms")
-"""Options of the design that this version does not have. Asking for one is an error, never silence."""
-
-
-def _refuse_what_is_not_there(config: Config) -> None:
-    for name in NOT_THERE:
-        if getattr(config, name) != getattr(Config(), name):
-            raise ValueError(f"option {name!r} is not available in this version of dbo-compile; leave it out")
 
 
 def _refuse_what_none_splits(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> None:
@@ -174,6 +167,7 @@ def compile_graph(
         config,
         recompile,
     )
+    engine.player = _player(gm.graph, engine, tokens, config)
     report = Report(levels=levels, engine=engine)
     add_report(report)
     if config.dump:
@@ -271,6 +265,23 @@ def _sent(node: fx.Node) -> list[Any]:
     if comm_op(node.target) is None:
         return []
     return [v for v in map(g.value, (node, *node.all_input_nodes)) if isinstance(v, torch.Tensor)]
+
+
+def _player(
+    graph: fx.Graph, engine: Engine, tokens: Sequence[capture.TokenTensor], config: Config
+) -> Player:
+    """What plays the programs: streams and captured graphs where the tokens are on an accelerator."""
+    names = {t.index: t.name for t in engine.signature.token_inputs}
+    return player_for(
+        tokens[0].tensor.device,
+        otherwise=engine.player,
+        cuda_graph=config.cuda_graph,
+        uncapturable=why_not_captured(graph),
+        limits=graphs.Limits(frozenset(engine.signature.written), names=names, clone=config.clone_outputs),
+        graph_memory_gib=config.graph_memory_gib,
+        comm_sms=config.comm_sms,
+        sms_setters=sms_setters(n.target for n in graph.nodes),
+    )
 
 
 def _refuse_sizes_from_data(graph: fx.Graph) -> None:

@@ -119,6 +119,7 @@ _TRUTH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "
 _NONE = _kind("None", lambda v: v is None, parse=lambda text: None if text.lower() == "none" else text)
 _BOOLEAN = _kind("True or False", lambda v: isinstance(v, bool), parse=lambda text: _TRUTH.get(text.lower()))
 _SECONDS = _kind("a number of seconds above 0", lambda v: _is_number(v) and 0 < v < math.inf, keep=float, parse=float)
+_AMOUNT = _kind("a number above 0", lambda v: _is_number(v) and 0 < v < math.inf, keep=float, parse=float)
 _SIZES = _kind(
     "a list of positive integers",
     _are_sizes,
@@ -192,6 +193,19 @@ class Config:
         "auto",
         _either(_choice("auto"), _BOOLEAN),
         "Whether programs are captured as CUDA graphs; 'auto': those that can be, on a device that has them.",
+    )
+    graph_memory_gib: float | None = _option(
+        None,
+        _either(_NONE, _AMOUNT),
+        "How much memory CUDA graphs may take; over it the least useful size stays uncaptured. None: no bound.",
+        shared=False,
+    )
+    clone_outputs: bool = _option(
+        True,
+        _BOOLEAN,
+        "Whether the results of a captured program are copied out of it. False hands out memory of the graph, which "
+        "holds until the next step of that size.",
+        shared=False,
     )
     comm_sms: int | None = _option(
         None, _either(_NONE, _integer(1)), "How many multiprocessors communication may occupy. None: no limit."

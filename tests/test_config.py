@@ -13,7 +13,7 @@ from dbo_compile.config import Config
 
 NAMES = [
     "num_microbatches", "split", "min_tokens", "token_dims", "pad_to", "pad_values", "dp_group", "dp_sync", "inner",
-    "cuda_graph", "comm_sms", "policy", "gate", "dump", "timeout_s",
+    "cuda_graph", "graph_memory_gib", "clone_outputs", "comm_sms", "policy", "gate", "dump", "timeout_s",
 ]  # fmt: skip
 
 
@@ -30,6 +30,7 @@ ACCEPTED = [
     ("num_microbatches", 8, 8),
     ("split", "always", "always"),
     ("min_tokens", 1, 1),
+    ("min_tokens", {"prefill": 512, "decode": 32}, {"decode": 32, "prefill": 512}),
     ("token_dims", {"positions": -1, "input_ids": 0}, {"input_ids": 0, "positions": -1}),
     ("token_dims", None, None),
     ("pad_to", "auto", "auto"),
@@ -42,6 +43,9 @@ ACCEPTED = [
     ("inner", "eager", "eager"),
     ("cuda_graph", False, False),
     ("cuda_graph", "auto", "auto"),
+    ("graph_memory_gib", 3, 3.0),
+    ("graph_memory_gib", None, None),
+    ("clone_outputs", False, False),
     ("comm_sms", 20, 20),
     ("comm_sms", None, None),
     ("policy", "alternate", "alternate"),
@@ -60,7 +64,10 @@ REFUSED = [
     ("split", "sometimes", "'auto' or 'always' or 'never'"),
     ("split", ["auto"], "'auto' or 'always' or 'never'"),
     ("split", True, "'auto' or 'always' or 'never'"),
-    ("min_tokens", 0, "an integer of at least 1"),
+    ("min_tokens", 0, "an integer of at least 1 or a mapping of 'decode' and 'prefill' to integers of at least 1"),
+    ("min_tokens", {"decode": 32}, "an integer of at least 1 or a mapping of 'decode' and 'prefill' to integers of at least 1"),
+    ("min_tokens", {"decode": 0, "prefill": 9}, "an integer of at least 1 or a mapping of 'decode' and 'prefill' to integers of at least 1"),
+    ("graph_memory_gib", 0, "None or a number above 0"),
     ("token_dims", {"input_ids": "0"}, "None or a mapping from the names of inputs to their token dims"),
     ("token_dims", {"input_ids": False}, "None or a mapping from the names of inputs to their token dims"),
     ("token_dims", {3: 0}, "None or a mapping from the names of inputs to their token dims"),
@@ -226,12 +233,13 @@ def test_the_fingerprint_covers_exactly_what_ranks_must_share():
     other = {
         "num_microbatches": 3, "split": "always", "min_tokens": 5, "token_dims": {"ids": 0}, "pad_to": (7,),
         "pad_values": {"ids": 1}, "dp_group": "7", "dp_sync": "device", "inner": "eager", "cuda_graph": True,
-        "comm_sms": 9, "policy": "sequential", "gate": "never", "dump": "folder", "timeout_s": 11,
+        "graph_memory_gib": 0.5, "clone_outputs": False, "comm_sms": 9, "policy": "sequential", "gate": "never", "dump": "folder", "timeout_s": 11,
     }  # fmt: skip
     assert list(other) == NAMES
     config = Config()
     changed = [name for name in NAMES if replace(config, **{name: other[name]}).fingerprint != config.fingerprint]
-    assert changed == [name for name in NAMES if name not in ("dp_group", "dump", "timeout_s")]
+    own = ("dp_group", "graph_memory_gib", "clone_outputs", "dump", "timeout_s")
+    assert changed == [name for name in NAMES if name not in own]
 
 
 def test_the_fingerprint_is_the_same_in_every_process_and_for_every_order_of_names():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
@@ -161,19 +159,29 @@ def test_the_measured_share_is_that_of_calls_that_were_split():
     assert explain(sharded, values(9, 5), options=EAGER | {"min_tokens": 10}).hidden_comm_measured is None
 
 
-def reasons_of(error):
-    """The text of each `raise error(...)` of the package; what is filled in is left out."""
-    for path in sorted(Path(dbo_compile.__file__).parent.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and ast.unparse(node.exc.func) == error:
-                texts = [n.value for n in ast.walk(node.exc.args[0]) if isinstance(n, ast.Constant)]
-                yield "7".join(str(t) for t in texts)
-
-
-def test_there_is_advice_for_every_graph_and_call_that_is_not_split():
-    found = [reason for reason in reasons_of("NotSplit") if len(reason) > 3]
-    assert len(found) > 9
-    assert [reason for reason in found if advice(reason) == ANY and not reason.startswith(", in ")] == []
+@pytest.mark.parametrize(
+    "reason",
+    [
+        'split="never"',
+        "autograd needs a backward graph, and only inference is split: call it under torch.no_grad()",
+        'it has no communication to hide; split="always" splits it all the same',
+        "none of its inputs is a tensor that could carry tokens",
+        "it has a single token",
+        "the model was specialised to the number of tokens that it was first called with, in x (dim 0)",
+        "arg3_1 has another dim whose size is traced as the number of tokens: call it first with a number of tokens "
+        "that is no other size of the model",
+        "the size of the result of aten.nonzero.default depends on its data (model.py:12, x.nonzero())",
+        "rank 1 has 9 tokens, and a decode is split from 10 tokens on",
+        "3 tokens do not make 2 microbatches of at least 2",
+        "no split of 9 tokens keeps what the graph was compiled for: Eq(Mod(T, 8), 0)",
+        "its token inputs differ in their number of tokens (x: 9, y: 7); see token_dims",
+        "another rank cannot split it",
+        "inductor was timed to be faster",
+        "splitting changed result 0 of the graph: some op mixes tokens although its rule says that it does not",
+    ],
+)
+def test_there_is_advice_for_a_graph_or_call_that_is_not_split(reason):
+    assert advice(reason) != ANY
 
 
 def test_advice_for_an_op_is_that_of_its_reason():

@@ -6,6 +6,7 @@ from the wishes is in `plan`; who does not come, `rollcall` finds out.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -152,7 +153,7 @@ class Agreement:
     def leave(self, why: str) -> None:
         """Tell the others that this rank comes no more, so that they need not wait for `timeout_s` to know."""
         if self._link is not None:
-            words = f"rank {self.rank} left: {why}"
+            words = f"rank {self.rank} left: {why.splitlines()[0]}"
             self._lost = self._roll.promptly(lambda: self._roll.publish(words)) or words
 
     def _refuse(self, why: str) -> NoReturn:
@@ -207,7 +208,7 @@ class Agreement:
                     self._met_at = time.monotonic()
                     return
             except RuntimeError as error:
-                call.fail(str(error).splitlines()[0])
+                call.fail(_cause(error))
                 break
             call.begin()
             seconds = POLL_SECONDS
@@ -232,6 +233,11 @@ def _is_done(work: Work, seconds: float) -> bool:
         return work.is_completed() and work.wait()  # the second one raises if the work has failed
 
 
+def _cause(error: RuntimeError) -> str:
+    """What gloo says went wrong, without the line of its source and its advice."""
+    return re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
+
+
 def _options(timeout_s: float) -> AllreduceOptions:
     options = AllreduceOptions()
     options.timeout = timedelta(seconds=timeout_s + GRACE_SECONDS)  # a link with work under way cannot be closed
@@ -245,7 +251,7 @@ def _connected(roll: Roll, what: str, timeout_s: float) -> Link:
     try:
         link = ProcessGroupGloo(roll.store_for(what), roll.rank, roll.num_ranks, timedelta(seconds=timeout_s))
     except RuntimeError as error:
-        call.fail(str(error).splitlines()[0])
+        call.fail(_cause(error))
         raise RankLost(call.verdict()) from error
     call.end()
     return cast("Link", link)

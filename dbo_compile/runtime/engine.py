@@ -17,12 +17,13 @@ from dbo_compile.log import logger
 from dbo_compile.runtime.agree import Agreement
 from dbo_compile.runtime.force import InForce, step_in_force
 from dbo_compile.runtime.gate import Gate
+from dbo_compile.runtime.graphs import Player
 from dbo_compile.runtime.padding import Buckets, coarse, is_decode
 from dbo_compile.runtime.plan import NOT_SPLIT, BatchPlan, Limits, Wish, check_same
 from dbo_compile.runtime.rows import find_rows
 from dbo_compile.runtime.signature import Signature
 from dbo_compile.runtime.tune import Decision, Size, Tuner, known_decisions
-from dbo_compile.runtime.ways import SPLIT, Player, Programs, Ways, Whole
+from dbo_compile.runtime.ways import SPLIT, Programs, Ways, Whole
 
 
 @dataclass(slots=True)

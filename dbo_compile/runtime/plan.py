@@ -121,10 +121,10 @@ def decide(wishes: Sequence[Wish], limits: Limits) -> BatchPlan:
     * One rank that wants the gate is enough: gates are about safety, a rank that was idle at the first real step has
       still to see one, and waiting until all want it at once could mean never. No gate without a split to judge.
     """
-    check_same("program", {rank: wish.program for rank, wish in enumerate(wishes) if wish.program != NOT_SPLIT})
-    check_same("config", {rank: wish.config for rank, wish in enumerate(wishes)})
     if wrong := [rank for rank, wish in enumerate(wishes) if not wish.is_valid]:
         raise Disagreement(f"{listed(wrong)} came to this step with wrong inputs; the error there says what is wrong")
+    check_same("program", {rank: wish.program for rank, wish in enumerate(wishes) if wish.program != NOT_SPLIT})
+    check_same("config", {rank: wish.config for rank, wish in enumerate(wishes)})
     num_tokens = tuple(wish.num_tokens for wish in wishes)
     busy = {rank: wish for rank, wish in enumerate(wishes) if wish.num_tokens}
     if not busy:

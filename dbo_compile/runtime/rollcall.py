@@ -104,12 +104,14 @@ class RollCall:
         self._num_beats = 0
         self._verdict = ""
         self._failure = ""
+        self._all_came = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=_quietly, args=(self._call,), daemon=True)
 
     @property
     def is_over(self) -> bool:
-        return bool(self._verdict) or time.monotonic() >= self._deadline
+        """Whether there is a verdict, or none comes any more; until then the collective may still end well."""
+        return bool(self._verdict) or time.monotonic() >= self._deadline + GRACE_SECONDS
 
     def begin(self) -> None:
         if self._thread.ident is None:
@@ -145,9 +147,14 @@ class RollCall:
         if not self._failure and time.monotonic() < self._deadline:
             return ""
         missing, alive = self._missing()
-        if not self._failure and missing and missing == alive and time.monotonic() < self._last_deadline:
-            self._deadline = min(self._last_deadline, time.monotonic() + WATCH_SECONDS)
-        elif len(missing) == 1 or time.monotonic() >= self._deadline:
+        now = time.monotonic()
+        if self._ended.is_set():
+            return ""
+        if not self._failure and missing and missing == alive and now < self._last_deadline:
+            self._deadline = min(self._last_deadline, now + WATCH_SECONDS)
+        elif not self._failure and not missing and not self._all_came:
+            self._all_came, self._deadline = True, now  # the last one has just come: one more look
+        elif len(missing) == 1 or now >= self._deadline:
             return self._roll.publish(self._words(missing))
         return ""
 

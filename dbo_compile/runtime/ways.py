@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from dbo_compile.runtime.agree import Agreement
+from dbo_compile.runtime.graphs import Player
 from dbo_compile.runtime.lanes import WaitFor, WorkLanes
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.signature import Signature
 
-Player = Callable[[Callable[..., Any], Sequence[int], Sequence[Any]], tuple[Any, ...]]
 SPLIT, UNSPLIT, INDUCTOR = "split", "unsplit", "inductor"
 
 

@@ -220,7 +220,7 @@ def test_an_op_that_raises_leaves_no_collective_under_way_and_the_next_call_work
         return fragile(funcol.all_reduce(x @ x.new_ones(5, 5), "sum", dist.group.WORLD)).sin()
 
     monkeypatch.setattr("dbo_compile.runtime.ways.WorkLanes", Noted)
-    compiled = torch.compile(fn, backend="dbo", options={"inner": "eager", "gate": "never"}, fullgraph=True)
+    compiled = torch.compile(fn, backend="dbo", options={"split": "always", "inner": "eager", "gate": "never"}, fullgraph=True)
     x = torch.randn(9, 5, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), fn(x))
@@ -243,7 +243,7 @@ def test_a_residual_is_computed_under_the_collective(group):
             return self.down(funcol.all_reduce(self.up(x), "sum", dist.group.WORLD)) + self.shared(x)
 
     model = Layer().double()
-    compiled = torch.compile(model, backend="dbo", options={"inner": "eager"}, fullgraph=True)
+    compiled = torch.compile(model, backend="dbo", options={"split": "always", "inner": "eager"}, fullgraph=True)
     x = torch.randn(9, 5, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-12)

@@ -164,6 +164,7 @@ def test_padding_behind_the_last_request_is_said():
     inputs = {"cu": torch.tensor([0, 3, 5, 5, 5, 5, 5, 5, 5, 5]), "ids": torch.arange(8)}
     table = read_requests(inputs, axes, 8)
     assert table.num_tokens == 5
+    assert [straddles(table, rows) for rows in ((4, 4), (3, 5), (5, 3), (6, 2))] == [True, False, False, False]
     assert [v.tolist() for v in given_values(inputs, axes, table, (4, 4))["cu"]] == [
         [0, 3, 4], [0, 1, 1, 1, 1, 1, 1, 1, 1],
     ]  # fmt: skip

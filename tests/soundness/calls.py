@@ -109,7 +109,7 @@ def made_up(op: Any) -> list[Call]:
     None where the op takes something else, or does not take that.
     """
     found = []
-    for dtype in (torch.float64, torch.int64, torch.bool):
+    for dtype in (torch.float64, torch.int64):
         random = torch.Generator().manual_seed(5)
         args = [_made_up(a, dtype, random) for a in op._schema.arguments if not a.has_default_value()]
         call = Call(op, tuple(args), {})

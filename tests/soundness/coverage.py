@@ -30,7 +30,7 @@ class Depth:
     searches: bool = True
 
 
-FAST = Depth(1, (torch.float64, torch.int64), 8, ("as it is", "negated"), searches=False)
+FAST = Depth(1, (torch.float64, torch.int64), 4, ("negated",), searches=False)
 
 
 @dataclass
