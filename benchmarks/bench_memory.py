@@ -47,8 +47,8 @@ def main() -> None:
         rows = [row for num_tokens in sizes for row in measured(config, ways, num_tokens)]
     dist.destroy_process_group()
     about = (
-        f"{config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, float32. The figures are counted, "
-        "and do not vary. `dbo, never split` is Inductor's whole graph; `segments, not split` plays the segments on all rows."
+        f"{config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, float32. Counted, not timed. "
+        "`dbo, never split` is Inductor's whole graph; `segments, not split` plays the segments on all rows."
     )
     columns = ("tokens", "way", "peak MiB", "/ Inductor")
     publish("memory", "Peak memory of a step", [Table(columns, rows)], about=about, write=args.write)

@@ -237,7 +237,7 @@ PUBLISHED = (
         "overlap in decode regresses",
         lambda: f"{gains(*LARGE_EP_DECODE)} on EP64, {gains(*SMALL_DECODE)} on EP8",
         "Right for small batches on few GPUs, where both halves read all weights. Too high for large ones: twice as "
-        "many kernels cost nothing here, and half a batch takes half the time of all that is not bound by reading weights.",
+        "many kernels cost nothing here, and half a batch takes half the time of what is not bound by weights.",
     ),
     Published(
         "vLLM RFC #50738, DeepSeek-V2-Lite on 2 GPUs, decode, eager",

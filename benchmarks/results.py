@@ -96,7 +96,7 @@ def publish(name: str, title: str, tables: Sequence[Table], *, about: str, write
 
 
 def _made_by(name: str) -> str:
-    flags = [f for f in sys.argv[1:] if f != "--write"]
-    command = " ".join(["python -m", f"benchmarks.bench_{name}", *flags])
+    flags = " ".join(f for f in sys.argv[1:] if f != "--write").split("--rank")[0]  # which comes last, from `link`
+    command = f"python -m benchmarks.bench_{name} {flags}".rstrip()
     versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
     return f"{datetime.now(UTC):%Y-%m-%d}, {versions}, {torch.get_num_threads()} threads a process. `{command}`"

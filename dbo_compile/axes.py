@@ -67,6 +67,17 @@ def axis_of(value: int | Axis) -> Axis:
     return Tokens(value) if isinstance(value, int) else value
 
 
+def request_dim(axis: Axis) -> int | None:
+    """The dim of an input whose size counts requests, None if there is none: it must be a symbol of the trace."""
+    match axis:
+        case Requests(dim):
+            return dim
+        case CuSeqlens() | SeqLens():
+            return 0
+        case _:
+            return None
+
+
 def is_given(axis: Axis) -> bool:
     """Whether a microbatch has a value of its own of such an input, which is made before the step."""
     return not isinstance(axis, Tokens | Shared)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dbo_compile.dump import dump
 from dbo_compile.errors import NotSplit
 from dbo_compile.ir.program import Program, Run
 from dbo_compile.ir.proof import verify_program
-from dbo_compile.ir.schedule import Schedule, Step
+from dbo_compile.ir.schedule import Schedule, Segment, Step
 from dbo_compile.ir.tokens import TOKENS, Shared, Split, TokenMap
 from dbo_compile.ir.verify import verify_schedule
 from dbo_compile.log import logger, setup_from_environment
@@ -28,21 +28,24 @@ from dbo_compile.passes import inner
 from dbo_compile.passes.analyze import analyze, draws_random_numbers
 from dbo_compile.passes.capturable import why_not_captured
 from dbo_compile.passes.cost import CostModel
-from dbo_compile.passes.cut import cut, unsplit_writes
+from dbo_compile.passes.cut import Kind, cut, unsplit_writes
 from dbo_compile.passes.emit import emit
 from dbo_compile.passes.lower import lower
 from dbo_compile.passes.order import order
 from dbo_compile.passes.outline import Outline, outline
+from dbo_compile.passes.partial import join_costly
 from dbo_compile.passes.sync import sync
 from dbo_compile.report import Levels, Report, add_report, reports
 from dbo_compile.rules.collectives import comm_op, sms_setters
 from dbo_compile.runtime import graphs
 from dbo_compile.runtime.agree import CPU, Agreement, agreement_over
+from dbo_compile.runtime.clock import simulate
 from dbo_compile.runtime.engine import Engine, Follower
 from dbo_compile.runtime.graphs import Player
 from dbo_compile.runtime.player import player_for
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.signature import Signature, TokenInput
+from dbo_compile.runtime.tune import Costs
 from dbo_compile.runtime.ways import Programs, Whole
 
 setup_from_environment()
@@ -159,6 +162,11 @@ def compile_graph(
         report.levels, made = build(traced, config, whole=dict.fromkeys(trusted, REFUTED))
         return made
 
+    def replan(costs: Costs) -> Programs | None:
+        """The split program again, by measured costs; None if they change nothing."""
+        assert report.levels is not None
+        return refined(report.levels, engine.ways.programs, costs)
+
     engine = Engine(
         programs,
         Whole(whole.forward, compile_whole if config.inner == "inductor" else None),
@@ -166,6 +174,7 @@ def compile_graph(
         agreement,
         config,
         recompile,
+        replan,
     )
     engine.player = _player(gm.graph, engine, tokens, config)
     report = Report(levels=levels, engine=engine)
@@ -215,8 +224,36 @@ def build(traced: _Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> t
     guards = [*_graph_guards(gm.graph, symbols), *(guard for c in compiled.values() for guard in c.guards)]
     others = [s for s in g.symbol_inputs(gm.graph) if s not in symbols]
     levels = Levels(gm.graph, placed, segments, schedules[n], programs[n], modules[n], cost)
-    trusts = tuple(dict.fromkeys(placed.obligations.values()))
-    return levels, Programs(modules, Guards(list(dict.fromkeys(guards)), others), programs[n].fingerprint, trusts)
+    return levels, Programs(
+        modules,
+        Guards(list(dict.fromkeys(guards)), others),
+        programs[n].fingerprint,
+        trusts=tuple(dict.fromkeys(placed.obligations.values())),
+        codes={name: s.code for name, s in segments.segments.items()},
+        comm_codes=tuple(name for name, code in segments.codes.items() if code.kind is Kind.COMM),
+        fns=fns,
+    )
+
+
+def refined(levels: Levels, programs: Programs, costs: Costs) -> Programs | None:
+    """The split program in the order, and with the segments joined, that measured costs ask for; None if it is the
+    same."""
+    n, segments = levels.program.num_microbatches, levels.outline
+
+    def cost(step: Step | Run) -> float:
+        part, whole = costs[segments.segments[step.segment].code]
+        return whole if step.microbatch is None else part
+
+    def make(parts: Mapping[str, Segment]) -> Program:
+        made = replace(segments, segments=parts)
+        return make_program(made, make_schedule(made, levels.tokens, cost, n, "list"))
+
+    extra = {code: n * part - whole for code, (part, whole) in costs.items()}
+    parts = join_costly(segments.segments, segments.places, extra, lambda parts: simulate(make(parts), cost).makespan)
+    program = make(parts)
+    if str(program) == str(levels.program):
+        return None
+    return replace(programs, modules={**programs.modules, n: emit(program, programs.fns, segments.outputs)})
 
 
 def signature_of(

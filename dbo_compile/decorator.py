@@ -98,6 +98,7 @@ class Steps:
         self._compiled = _compiled(fn, config)
         self._agreement: Agreement | None = None
         self._programs = ""
+        self._dtypes = ""
         self._num_played = 0
         self._idle: dict[str, Any] = {}
         self._nothing: Any = None
@@ -111,7 +112,7 @@ class Steps:
         try:
             inputs = self._named(args, kwargs)
             wish = self._wish(inputs)
-        except (TypeError, ValueError):
+        except Exception:
             agreement.meet(self._wrong())  # the others wait for this rank
             raise
         ahead = agreement.announced
@@ -175,6 +176,7 @@ class Steps:
         first, dim = tensors[0]
         elements = first.numel() // num_tokens if num_tokens else 0
         self._per_token = elements, is_decode(tensors)
+        self._dtypes = " ".join(str(x.dtype) for x, _ in tensors)
         return self._wish_of(num_tokens, *self._per_token)
 
     def _wish_of(self, num_tokens: int, elements: int, decode: bool) -> Wish:
@@ -189,7 +191,7 @@ class Steps:
 
     @property
     def _programs_hash(self) -> str:
-        return hashlib.sha256(self._programs.encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self._programs}; {self._dtypes}".encode()).hexdigest()[:16]
 
     def _play(self, plan: BatchPlan, inputs: dict[str, Any]) -> Any:
         if not plan.num_microbatches:

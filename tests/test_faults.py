@@ -35,6 +35,7 @@ TIMEOUT_S = 2.0
 CONNECT_S = 10 * TIMEOUT_S
 HIDDEN, MIDDLE, OUT = 6, 10, 4
 """Even, and numbers of tokens are odd: none is mistaken for another."""
+STYLES = ("plain", "decorated")
 LARGEST = 40
 """The largest size that steps are padded to."""
 BEFORE, FIRST, SECOND, COMPILING = "before the step", "in one microbatch", "in the other one", "while it compiles"
@@ -158,12 +159,12 @@ class Told(NamedTuple):
 class Rank:
     """This process in a trial."""
 
-    def __init__(self, trial: Trial) -> None:
+    def __init__(self, trial: Trial, **options: Any) -> None:
         self.trial = trial
         self.group = new_group(trial.members)
         self.me = dist.get_rank(self.group)
         self.everyone = range(len(trial.members))
-        self.play = self.compiled(Model(self.group))
+        self.play = self.compiled(Model(self.group), **options)
 
     def compiled(self, model: nn.Module, **options: Any) -> Any:
         trial = self.trial
@@ -222,6 +223,14 @@ def tells(trial: Trial) -> Told:
         return Told(error, seconds, again, ended - began, threads_beside(threads), eager_is_right(rank))
 
 
+def warm_up() -> None:
+    """Compile a first time, which takes so long that ranks would have to wait for each other."""
+    for style in STYLES:
+        trial = Trial("", style, BEFORE, 0, 0, tuple(range(NUM_RANKS)), 2)
+        with torch.no_grad():
+            Rank(trial, timeout_s=60.0).step(0)
+
+
 def error_of(play: Callable[[], Any]) -> tuple[str | None, float]:
     try:
         play()
@@ -265,7 +274,7 @@ class Fault:
     own: str | None
     heard: str
     others: Callable[[Rank], Any] = lambda rank: rank.play(*rank.inputs(rank.trial.num_good))
-    styles: tuple[str, ...] = ("plain", "decorated")
+    styles: tuple[str, ...] = STYLES
     places: tuple[str, ...] = (BEFORE,)
     num_good: tuple[int, ...] = (0, 1, 2, 3)
     ends: bool = False
@@ -278,6 +287,10 @@ class OutOfLuck(Exception):
 
 def out_of_luck() -> None:
     raise OutOfLuck("no dice")
+
+
+def stall() -> None:
+    time.sleep(TIMEOUT_S + 2.5)
 
 
 def befallen(fault: Callable[[], None]) -> Callable[[Rank, Noted], None]:
@@ -310,23 +323,25 @@ def another_model(rank: Rank, noted: Noted) -> None:
 
 
 def other_options(rank: Rank, noted: Noted) -> None:
-    choices: list[dict[str, Any]] = [{"num_microbatches": 3}, {"min_tokens": 7}, {"pad_to": "auto"}, {"policy": "alternate"}]
+    choices: list[dict[str, Any]] = [{"num_microbatches": 3}, {"min_tokens": 7}, {"pad_to": "auto"}, {"gate": "every-call"}]
+    if rank.trial.style == "decorated":  # else it is not ours any more, and never comes
+        choices.append({"split": "never"})
     other = rank.compiled(Model(rank.group), **random.Random(rank.trial.seed).choice(choices))
     noted()
     other(*rank.inputs(rank.trial.num_good))
 
 
-def never_splits(rank: Rank, noted: Noted) -> None:
-    other = rank.compiled(Model(rank.group), split="never")
-    noted()
-    if rank.trial.style == "decorated":
-        other(*rank.inputs(rank.trial.num_good))
-
-
-def wrong_pad_value(rank: Rank, noted: Noted) -> None:
+def wrong_pad_value(rank: Rank, noted: Noted = lambda: None) -> None:
     other = rank.compiled(Model(rank.group), pad_values={"shift": 0.5})
     noted()
     other(*rank.inputs(rank.trial.num_good))
+
+
+def left_out(rank: Rank, noted: Noted = lambda: None) -> None:
+    members = rank.trial.members
+    others = dist.new_group([m for i, m in enumerate(members) if i != rank.trial.victim], use_local_synchronization=True)
+    noted()
+    rank.compiled(Model(rank.group), dp_group=others)(*rank.inputs(rank.trial.num_good))
 
 
 def idles(rank: Rank, noted: Noted) -> None:
@@ -335,9 +350,10 @@ def idles(rank: Rank, noted: Noted) -> None:
 
 
 GONE = r"RankLost: rank {v} did not (agree|finish \S+) (on|in|of) step \d+ within \d+\.\d s( \(.*\))?$"
-DIFFERS = r"Disagreement: ranks must play the same {what}, but do not \(.*rank {{v}}: \w{{16}}.*\)\. Compile "
+DIFFERS = r"Disagreement: ranks must play the same (program|config), but do not \(.*rank {v}: \w+.*\)\. Compile "
 WRONG = r"Disagreement: rank {v} came to this step with wrong inputs; the error there says what is wrong$"
 LEFT = r"RankLost: rank {v} left: (it|compiling) raised "
+NO_VALUE = r"ValueError: pad_values\['shift'\]=0.5 is no value of torch.int64, its dtype$"
 EVERYWHERE = (BEFORE, FIRST, SECOND, COMPILING)
 
 FAULTS = {
@@ -346,26 +362,32 @@ FAULTS = {
     "raises": Fault(
         befallen(out_of_luck), "OutOfLuck: no dice", LEFT + "OutOfLuck: no dice$", places=(FIRST, SECOND), passing=False
     ),
+    "stalls": Fault(befallen(stall), None, GONE, places=(BEFORE, FIRST, SECOND), passing=False),
     "cannot compile": Fault(
-        befallen(out_of_luck), r".*OutOfLuck\('no dice'\)", LEFT, places=(COMPILING,), passing=False
+        befallen(out_of_luck), r"\w+: .*OutOfLuck", LEFT, places=(COMPILING,), passing=False
     ),
-    "plays another model": Fault(another_model, DIFFERS.format(what="program"), DIFFERS.format(what="program")),
-    "has other options": Fault(other_options, DIFFERS.format(what="config"), DIFFERS.format(what="config")),
+    "plays another model": Fault(another_model, DIFFERS, DIFFERS),
+    "has other options": Fault(other_options, DIFFERS, DIFFERS),
     "brings too many tokens": Fault(
         with_inputs(lambda x, shift: (torch.ones(41, HIDDEN, dtype=x.dtype), shift.new_ones(41))),
         "ValueError: 41 tokens are more than the largest size in pad_to, 40: ", WRONG,
     ),
     "brings inputs that differ": Fault(
-        with_inputs(lambda x, shift: (x, shift[1:])), r"ValueError: token inputs must have one number of tokens \(x: ",
+        with_inputs(lambda x, shift: (x, shift[1:])), r"ValueError: token inputs must have one number of tokens \(shift: ",
         WRONG, styles=("decorated",),
     ),
     "brings another dtype": Fault(
-        with_inputs(lambda x, shift: (x.float(), shift)), DIFFERS.format(what="program"), DIFFERS.format(what="program")
+        with_inputs(lambda x, shift: (x.float(), shift)), DIFFERS, DIFFERS
     ),
     "brings too few dims": Fault(
         with_inputs(lambda x, shift: (x, shift.sum())), r"(Value|Index)Error: ", WRONG, styles=("decorated",)
     ),
-    "pads with no value of the dtype": Fault(wrong_pad_value, r"ValueError: pad_values\['shift'\]=0.5 is no value of torch.int64", DIFFERS.format(what="config")),
+    "brings another hidden size": Fault(
+        with_inputs(lambda x, shift: (torch.cat([x, x], 1), shift)), r"\w+: ", LEFT, styles=("decorated",), passing=False
+    ),
+    "pads with no value of the dtype": Fault(wrong_pad_value, NO_VALUE, WRONG, styles=("decorated",)),
+    "pads like all with no value of the dtype": Fault(wrong_pad_value, NO_VALUE, NO_VALUE, others=wrong_pad_value),
+    "is not in dp_group": Fault(left_out, "ValueError: dp_group", r"\w+: .*rank {v}", others=left_out),
     "idles before its first call": Fault(
         idles, "ValueError: idle_step has seen no call yet", WRONG, styles=("decorated",), num_good=(0,)
     ),
@@ -386,14 +408,17 @@ class World:
         """Three ranks at least, so that two of them can compare notes."""
         if len(self.alive) < 3:
             self.ranks.kill()
-            self.ranks.start()
+            self.ranks.run(warm_up, timeout=120.0)
             self.alive = list(range(NUM_RANKS))
         return tuple(self.alive)
 
     def play(self, trial: Trial) -> dict[int, Told]:
         """What each member tells, by its rank in the group; a victim that is stopped goes on when all others did."""
         victim = trial.members[trial.victim]
-        self.ranks.ask(trial.members, tells, trial)
+        try:
+            self.ranks.ask(trial.members, tells, trial)
+        except OSError as error:
+            raise RankFailed("a rank has died before") from error
         answers = self.ranks.answers([rank for rank in trial.members if rank != victim], 60.0)
         if trial.fault == "is killed":
             self.alive.remove(victim)
@@ -402,7 +427,6 @@ class World:
             answers |= self.ranks.answers([victim], 30.0)
         silent = [rank for rank in trial.members if rank in self.alive and rank not in answers]
         if errors := [f"rank {rank}: {answer.error}" for rank, answer in answers.items() if answer.error] or silent:
-            self.alive = []
             raise RankFailed(f"{errors}, no answer of {silent}")
         return {trial.members.index(rank): answer.value for rank, answer in answers.items()}
 
@@ -429,6 +453,7 @@ def test_the_others_hear_of_a_rank_that(worlds, fault):
             log(trial, told)
             return [f"{trial}: {problem}" for problem in problems(trial, told)]
         except RankFailed as error:
+            world.alive = []
             return [f"{trial}: {error}"]
         finally:
             worlds.put(world)

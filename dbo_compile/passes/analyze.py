@@ -35,6 +35,7 @@ from dbo_compile.ir.tokens import (
 )
 from dbo_compile.passes.given import given_numbers
 from dbo_compile.rules import rule_of
+from dbo_compile.rules.registry import reads_whole
 
 aten = torch.ops.aten
 # Checks on numbers: they have no result, and each microbatch makes them on its own numbers.
@@ -160,7 +161,8 @@ class _Walk:
         return Count() if counts else Shared()
 
     def _apply_rule(self, node: fx.Node) -> Placement | tuple[Placement, ...]:
-        if whole := [n for n in node.all_input_nodes if self._is_whole(n)]:
+        whole = [n for n in node.all_input_nodes if self._is_whole(n)]
+        if whole and not reads_whole(node.target):
             raise CannotSplit(f"it reads {whole[0].name}, whose size counts the tokens of all microbatches")
         if (rule := rule_of(node.target)) is None:
             raise CannotSplit(f"{node.target} has no placement rule; teach it one with dbo_compile.register_rule")

@@ -8,8 +8,9 @@ import sympy
 from torch import fx
 
 from dbo_compile import graph as g
+from dbo_compile.axes import Axis, request_dim
 from dbo_compile.errors import NotSplit
-from dbo_compile.ir.tokens import Given
+from dbo_compile.ir.tokens import REQUESTS, Given
 
 
 def given_numbers(
@@ -26,6 +27,11 @@ def given_numbers(
             raise NotSplit(f"{node.name} is traced with a size ({size}) that counts requests: call it first with a "
                            "number of requests that is no other size of the model")  # fmt: skip
     return {n: Given() for n in g.inputs(graph) if g.is_symbolic_number(n) and g.symbols_of(g.value(n)) & own}
+
+
+def placement_of(axis: Axis) -> Given:
+    """The placement of an input that is given; rows of requests are in their order."""
+    return Given("" if request_dim(axis) is None else REQUESTS)
 
 
 def fixed_sizes(graph: fx.Graph, given: Collection[fx.Node]) -> dict[int, tuple[int | None, ...]]:

@@ -29,8 +29,12 @@ def attend_to_prefix(
         made = graph.call_function(node.target, (), dict(args))
         return graph.call_function(operator.getitem, (made, 0))
     query, key = (g.value(node.args[i]) for i in (0, 1))  # type: ignore[arg-type]
-    seen = graph.call_function(aten.ones.default, ([rows, keys],), {"dtype": torch.bool, "device": query.device})
-    seen = graph.call_function(aten.tril.default, (seen, before))
+    if (mask := args.get("attn_mask", args.get("attn_bias"))) is not None:
+        seen = graph.call_function(aten.narrow.default, (mask, -2, before, rows))
+        seen = graph.call_function(aten.narrow.default, (seen, -1, 0, keys))
+    else:
+        seen = graph.call_function(aten.ones.default, ([rows, keys],), {"dtype": torch.bool, "device": query.device})
+        seen = graph.call_function(aten.tril.default, (seen, before))
     out = graph.call_function(
         aten.scaled_dot_product_attention.default,
         (args["query"], args["key"], args["value"], seen),

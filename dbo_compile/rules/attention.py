@@ -41,6 +41,8 @@ def _attend(
     is_sequence = all(v.ndim == len(DIMS) and v.dim == 2 and v.sizes[2] == TOKENS for v in carriers)
     if is_sequence and is_causal and mask is None:
         return Ruling(Split(2), prefix=(1, 2))
+    if is_sequence and mask is not None and _is_of_all_tokens(mask):
+        return Ruling(Split(2), prefix=(1, 2), assumes="its mask hides all later tokens from each token")
     if query.dim != 0 or query.ndim != len(DIMS):
         raise CannotSplit(f"its tokens are in the {DIMS[carried(query) - query.ndim]} dim, and it relates them")
     _check_mask(query, mask)
@@ -53,17 +55,25 @@ def _with(ruling: Ruling, *others: Placement) -> Ruling:
     return replace(ruling, place=(ruling.place, ruling.place, *others))
 
 
+def _is_of_all_tokens(mask: Value) -> bool:
+    """Whether a mask has a row and a column for each token of the step."""
+    is_square = mask.ndim == len(DIMS) and mask.sizes[2:] == (TOKENS, TOKENS)
+    return is_square and isinstance(mask.place, Shared) and not any(s.has(TOKENS) for s in mask.sizes[:2])
+
+
 def _check_mask(query: Value, mask: Value | None) -> None:
     """A mask is broadcast against (batch, heads, queries, keys)."""
     if mask is None:
         return
+    if isinstance(mask.place, Shared) and any(size.has(TOKENS) for size in mask.sizes[-3:]):
+        raise CannotSplit(f"its mask {list(mask.sizes)} has a size that counts the tokens of all microbatches")
     if mask.dim is None and mask.ndim == query.ndim and mask.sizes[0] != 1:
         raise CannotSplit(f"its mask has size {mask.sizes[0]} in the token dim 0, but no tokens")
     if mask.dim is not None and (mask.dim != 0 or mask.ndim != query.ndim or mask.sizes[0] != query.sizes[0]):
         raise CannotSplit(f"its mask {list(mask.sizes)} carries tokens in dim {mask.dim}, not in the batch dim alone")
 
 
-@rule(aten.scaled_dot_product_attention.default)
+@rule(aten.scaled_dot_product_attention.default, reads_whole=True)
 def attention(
     query: Value, key: Value, value: Value, attn_mask: Value | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, **options: Any,
@@ -71,7 +81,10 @@ def attention(
     return _attend(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
 
-@rule(aten._scaled_dot_product_attention_math.default, aten._scaled_dot_product_attention_math_for_mps.default)
+@rule(
+    aten._scaled_dot_product_attention_math.default, aten._scaled_dot_product_attention_math_for_mps.default,
+    reads_whole=True,
+)  # fmt: skip
 def attention_math(
     query: Value, key: Value, value: Value, attn_mask: Value | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, dropout_mask: Value | None = None, **options: Any,
@@ -82,7 +95,7 @@ def attention_math(
     return _with(_attend(query, key, value, attn_mask, dropout_p, is_causal, **options))
 
 
-@rule(aten._scaled_dot_product_flash_attention_for_cpu.default)
+@rule(aten._scaled_dot_product_flash_attention_for_cpu.default, reads_whole=True)
 def flash_for_cpu(
     query: Value, key: Value, value: Value, dropout_p: float = 0.0, is_causal: bool = False, *,
     attn_mask: Value | None = None, **options: Any,
@@ -91,7 +104,7 @@ def flash_for_cpu(
     return _with(_attend(query, key, value, attn_mask, dropout_p, is_causal, **options))
 
 
-@rule(aten._scaled_dot_product_flash_attention.default)
+@rule(aten._scaled_dot_product_flash_attention.default, reads_whole=True)
 def flash(
     query: Value, key: Value, value: Value, dropout_p: float = 0.0, is_causal: bool = False,
     return_debug_mask: bool = False, **options: Any,
@@ -99,7 +112,7 @@ def flash(
     return _fused(_attend(query, key, value, None, dropout_p, is_causal, **options), return_debug_mask)
 
 
-@rule(aten._scaled_dot_product_cudnn_attention.default)
+@rule(aten._scaled_dot_product_cudnn_attention.default, reads_whole=True)
 def cudnn(
     query: Value, key: Value, value: Value, attn_bias: Value | None, compute_log_sumexp: bool, dropout_p: float = 0.0,
     is_causal: bool = False, return_debug_mask: bool = False, **options: Any,
@@ -107,7 +120,7 @@ def cudnn(
     return _fused(_attend(query, key, value, attn_bias, dropout_p, is_causal, **options), return_debug_mask)
 
 
-@rule(aten._scaled_dot_product_fused_attention_overrideable.default)
+@rule(aten._scaled_dot_product_fused_attention_overrideable.default, reads_whole=True)
 def overrideable(
     query: Value, key: Value, value: Value, attn_bias: Value | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, return_debug_mask: bool = False, **options: Any,
@@ -122,7 +135,7 @@ def _fused(ruling: Ruling, return_debug_mask: bool) -> Ruling:
     return _with(ruling, *(Shared(),) * 7)
 
 
-@rule(aten._scaled_dot_product_efficient_attention.default)
+@rule(aten._scaled_dot_product_efficient_attention.default, reads_whole=True)
 def efficient(
     query: Value, key: Value, value: Value, attn_bias: Value | None, compute_log_sumexp: bool, dropout_p: float = 0.0,
     is_causal: bool = False, **options: Any,

@@ -16,11 +16,13 @@ from dbo_compile.ir.tokens import Placement, Ruling
 Rule = Callable[..., Placement | tuple[Placement, ...] | Ruling]
 _rules: dict[Any, Rule] = {}
 RULES: Mapping[Any, Rule] = MappingProxyType(_rules)
+_reads_whole: list[Any] = []
 
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
+def rule(*targets: Any, reads_whole: bool = False) -> Callable[[Rule], Rule]:
     """Register the function as the rule of each op overload in `targets`; a second rule for one op is an error.
 
+    With `reads_whole` it is also asked about `Shared` values whose size counts the tokens of all microbatches.
     A target may be the name of an overload, `library.op.default`, of a library that need not be there.
     """
 
@@ -29,6 +31,8 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
             if target in _rules:
                 raise ValueError(f"{target} already has a rule: {_rules[target].__name__}")
             _rules[target] = fn
+            if reads_whole:
+                _reads_whole.append(target)
         return fn
 
     return register
@@ -37,3 +41,8 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 def rule_of(target: Any) -> Rule | None:
     """The rule of an op overload, or None; ops of libraries that may not be there are registered by name."""
     return _rules.get(target) or _rules.get(str(target))
+
+
+def reads_whole(target: Any) -> bool:
+    """Whether the rule of an op overload is asked about values that belong to all microbatches together."""
+    return target in _reads_whole

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from dbo_compile.config import Config
 from dbo_compile.errors import Disagreement, NotSplit, RankLost
 from dbo_compile.log import logger
@@ -20,10 +18,11 @@ from dbo_compile.runtime.gate import Gate
 from dbo_compile.runtime.graphs import Player
 from dbo_compile.runtime.padding import Buckets, coarse, is_decode
 from dbo_compile.runtime.plan import NOT_SPLIT, BatchPlan, Limits, Wish, check_same
+from dbo_compile.runtime.refine import Refiner, synchronize
 from dbo_compile.runtime.rows import find_rows
 from dbo_compile.runtime.signature import Signature
-from dbo_compile.runtime.tune import Decision, Size, Tuner, known_decisions
-from dbo_compile.runtime.ways import SPLIT, Programs, Ways, Whole
+from dbo_compile.runtime.tune import REFINED, SPLIT, Costs, Decision, Size, Tuner, known_decisions
+from dbo_compile.runtime.ways import Programs, Ways, Whole
 
 
 @dataclass(slots=True)
@@ -56,7 +55,8 @@ class Engine:
     """Plays a graph, split or not, as its ranks have agreed for its size.
 
     `split="auto"` times the ways to play it (see `Ways`); otherwise a step that can be split is. When the gate refutes
-    the programs, `recompile` makes others that trust nothing, or None if nothing was on trust.
+    the programs, `recompile` makes others that trust nothing, or None if nothing was on trust. `replan` makes the split
+    program again for measured costs, or None if they make no difference.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Engine:
         agreement: Agreement,
         config: Config,
         recompile: Callable[[], Programs | None] = lambda: None,
+        replan: Callable[[Costs], Programs | None] = lambda _costs: None,
     ) -> None:
         self.ways = Ways(programs, whole, signature, agreement)
         self.signature = signature
@@ -81,6 +82,7 @@ class Engine:
         self.fingerprint = _hash(programs.fingerprint, str(self.tuner.decisions))
         """What the ranks that play this graph together must have in common."""
         self._recompile = recompile
+        self._refiner = Refiner(self.ways, agreement, replan)
         self._gate = Gate(self.ways, agreement)
         self._is_gated = config.gate == "never"
         self._rows: dict[tuple[int, ...], tuple[int, ...] | NotSplit] = {}
@@ -88,8 +90,10 @@ class Engine:
 
     def __call__(self, *args: Any) -> Any:
         self.calls.total += 1
+        force, sizes = step_in_force(), self.signature.sizes(args)
+        plan = self._meet(force) if force else self._agree(sizes, args)  # what goes wrong there, all ranks hear of
         try:
-            return self._call(args)
+            return self._call(args, plan, sizes, force)
         except (Disagreement, RankLost):
             raise
         except Exception as error:
@@ -143,10 +147,7 @@ class Engine:
 
     # -- agreeing -----------------------------------------------------------------------------------------------------
 
-    def _call(self, args: Sequence[Any]) -> Any:
-        force = step_in_force()
-        sizes = self.signature.sizes(args)
-        plan = self._meet(force) if force else self._agree(sizes, args)
+    def _call(self, args: Sequence[Any], plan: BatchPlan, sizes: Sequence[int], force: InForce | None) -> Any:
         if len(set(sizes)) > 1:
             pairs = zip(self.signature.token_inputs, sizes, strict=True)
             listed = ", ".join(f"{t.name}: {size}" for t, size in pairs)
@@ -226,23 +227,39 @@ class Engine:
     # -- playing ------------------------------------------------------------------------------------------------------
 
     def _play(self, turn: _Turn, args: Sequence[Any]) -> Sequence[Any]:
-        size = Size(coarse(turn.plan.padded_tokens), coarse(turn.plan.num_elements))
         ways = self.ways.fitting(turn.rows, turn.num_rows, args)
-        way, is_timed = next(iter(ways), ""), False
-        if self.config.split == "auto":
-            way, is_timed = self.tuner.way(size, ways)
-        self._count(way, turn.reason or f"{way} was timed to be faster")
-        self.ways.prepare(way)
+        way = next(iter(ways), "")
+        if self.config.split == "auto" and ways:
+            return self._play_fastest(turn, ways, args)
+        self._count(way, turn.reason)
+        return self._gated(turn, args) if way == SPLIT and turn.gates else self._played(way, turn, None, args)
+
+    def _play_fastest(self, turn: _Turn, ways: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        """Play the way that was fastest for this size, or time the one whose turn it is."""
+        size = Size(coarse(turn.plan.padded_tokens), coarse(turn.plan.num_elements))
+        if SPLIT in ways and self.config.policy == "list" and self._refiner.programs.get(size, self) is not None:
+            ways = [SPLIT, REFINED, *ways[1:]]
+        way, is_timed = self.tuner.way(size, ways)
+        if way == REFINED and size not in self._refiner.programs and not is_timed:
+            self._refiner.make(size, self.decisions[size].costs)
+        self._count(way, turn.reason or (f"timing it {way}" if is_timed else f"{way} was timed to be faster"))
         if way == SPLIT and turn.gates:
             return self._gated(turn, args)
+        if way == REFINED and size not in self._refiner.programs:
+            return self._refiner.measure(size, turn.rows, turn.num_rows, args)
+        self.ways.prepare(way)
         if not is_timed:
-            return self.ways.play(way, turn.rows, turn.num_rows, args)
+            return self._played(way, turn, size, args)
         synchronize(args)
         start = time.perf_counter()
-        results = self.ways.play(way, turn.rows, turn.num_rows, args)
+        results = self._played(way, turn, size, args)
         synchronize(args)
-        self.tuner.took(size, way, time.perf_counter() - start)
+        self.tuner.took(size, way, time.perf_counter() - start, self._refiner.costs.get(size, {}))
         return results
+
+    def _played(self, way: str, turn: _Turn, size: Size | None, args: Sequence[Any]) -> Sequence[Any]:
+        refined = self._refiner.programs[size] if way == REFINED and size else None
+        return self.ways.play(way, turn.rows, turn.num_rows, args, refined=refined)
 
     def _gated(self, turn: _Turn, args: Sequence[Any]) -> Sequence[Any]:
         """Play unsplit and split, and keep splitting only if both give the same on every rank.
@@ -272,7 +289,7 @@ class Engine:
         return programs
 
     def _count(self, way: str, reason: str) -> None:
-        if way == SPLIT:
+        if way in (SPLIT, REFINED):
             self.calls.split += 1
         else:
             self._declined(reason)
@@ -299,12 +316,6 @@ class Follower:
         elif force.is_first:
             self.agreement.share([0], patient=True)
         return self.fn(*args)
-
-
-def synchronize(args: Sequence[Any]) -> None:
-    """Wait until the accelerator has done what it was given, if the arguments are on one."""
-    if any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in args):
-        torch.accelerator.synchronize()
 
 
 def _hash(*texts: str) -> str:

@@ -16,7 +16,8 @@ import torch
 
 from dbo_compile.runtime.agree import Agreement
 from dbo_compile.runtime.signature import State
-from dbo_compile.runtime.ways import SPLIT, Ways
+from dbo_compile.runtime.tune import SPLIT
+from dbo_compile.runtime.ways import Ways
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """How far a value may be off, relative to the largest of its tensor: rounding through some dozen layers stays

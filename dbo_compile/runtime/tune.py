@@ -10,18 +10,26 @@ import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 Share = Callable[[Sequence[int]], list[tuple[int, ...]]]
 
+Costs = Mapping[str, tuple[float, float]]
+"""The seconds of each code for the rows of a microbatch, and for all rows."""
+
 TRIALS = 5
 """How often each way is timed; the first time, when memory and code are cold, does not count."""
 LEAST_GAIN = 0.01
 """A split must be faster by this share, or the simpler way is kept: noise must not decide."""
+
+
+SPLIT, REFINED, UNSPLIT, INDUCTOR = "split", "refined", "unsplit", "inductor"
+"""The ways to play a step: split in the order of modelled costs, or of measured ones; the same segments on all rows;
+the whole graph as Inductor compiles it."""
 
 
 class Size(NamedTuple):
@@ -41,10 +49,14 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The seconds that each way of playing a size took on the slowest rank, and the one that is played."""
+    """The seconds that each way of playing a size took on the slowest rank, and the one that is played.
+
+    `costs` are what the program of the way `refined` was made for; empty if there is none.
+    """
 
     seconds: Mapping[str, float]
     chosen: str
+    costs: Costs = field(default_factory=dict)
 
     def __str__(self) -> str:
         times = ", ".join(f"{way} {seconds * 1e3:.2f} ms" for way, seconds in self.seconds.items())
@@ -53,11 +65,13 @@ class Decision:
 
 def fastest(seconds: Mapping[str, float]) -> str:
     """The way that is played, if these are the times of all that can be."""
-    others = {way: s for way, s in seconds.items() if way != "split"}
-    best = min(others, key=others.__getitem__, default="split")
-    if "split" in seconds and (not others or seconds["split"] < (1 - LEAST_GAIN) * others[best]):
-        return "split"
-    return best
+    split = {way: s for way, s in seconds.items() if way in (SPLIT, REFINED)}
+    others = {way: s for way, s in seconds.items() if way not in split}
+    best_split = min(split, key=split.__getitem__, default="")
+    best_other = min(others, key=others.__getitem__, default="")
+    if best_split and (not best_other or split[best_split] < (1 - LEAST_GAIN) * others[best_other]):
+        return best_split
+    return best_other
 
 
 class Tuner:
@@ -81,9 +95,11 @@ class Tuner:
         taken = self._taken[size]
         for way in ways:
             taken.setdefault(way, [])
+        for gone in taken.keys() - set(ways):
+            del taken[gone]
         return min(ways, key=lambda way: len(taken[way])), True
 
-    def took(self, size: Size, way: str, seconds: float) -> None:
+    def took(self, size: Size, way: str, seconds: float, costs: Costs) -> None:
         """Note a time; after the last trial, ranks agree on the slowest of them for each way."""
         taken = self._taken[size]
         taken[way].append(seconds)
@@ -91,7 +107,7 @@ class Tuner:
             medians = [statistics.median(times[1:]) for times in taken.values()]
             worst = map(max, zip(*self._share([round(m * 1e9) for m in medians]), strict=True))
             agreed = {way: w / 1e9 for way, w in zip(taken, worst, strict=True)}
-            self.decisions[size] = Decision(agreed, fastest(agreed))
+            self.decisions[size] = Decision(agreed, fastest(agreed), costs)
             del self._taken[size]
 
     def forget(self) -> None:
@@ -120,7 +136,7 @@ def load_decisions(path: str | os.PathLike[str]) -> None:
         content = json.loads(Path(path).read_text())
         version, graphs = content["torch"], content["graphs"]
         found = {
-            fingerprint: {Size.parse(size): Decision(d["seconds"], d["chosen"]) for size, d in table.items()}
+            fingerprint: {Size.parse(size): _parsed(d) for size, d in table.items()}
             for fingerprint, table in graphs.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -129,10 +145,15 @@ def load_decisions(path: str | os.PathLike[str]) -> None:
         _loaded.update(found)
 
 
+def _parsed(d: Mapping[str, Any]) -> Decision:
+    costs = {str(code): (float(part), float(whole)) for code, (part, whole) in d["costs"].items()}
+    return Decision({str(way): float(s) for way, s in d["seconds"].items()}, str(d["chosen"]), costs)
+
+
 def decisions_text(graphs: Mapping[str, Mapping[Size, Decision]]) -> str:
     """The content of a file for `load_decisions`: decisions by fingerprint and size."""
     tables = {
-        fingerprint: {str(size): {"chosen": d.chosen, "seconds": dict(d.seconds)} for size, d in table.items()}
+        fingerprint: {str(size): asdict(d) for size, d in table.items()}
         for fingerprint, table in graphs.items()
     }
-    return json.dumps({"torch": torch.__version__, "graphs": tables}, indent=1)
+    return json.dumps({"torch": torch.__version__, "graphs": tables})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,19 +14,23 @@ from dbo_compile.runtime.graphs import Player
 from dbo_compile.runtime.lanes import WaitFor, WorkLanes
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.signature import Signature
+from dbo_compile.runtime.tune import INDUCTOR, REFINED, SPLIT, UNSPLIT
 
-SPLIT, UNSPLIT, INDUCTOR = "split", "unsplit", "inductor"
 
 
 @dataclass(frozen=True, slots=True)
 class Programs:
     """What there is to play a graph with: an emitted module for each number of microbatches, 1 among them, and what
-    tracing and compiling assumed of the number of rows. `trusts` says what splitting takes on trust."""
+    tracing and compiling assumed of the number of rows. `trusts` says what splitting takes on trust; `codes` has the
+    code of each segment, `comm_codes` those that communicate, `fns` what is called for each."""
 
     modules: Mapping[int, nn.Module]
     guards: Guards
     fingerprint: str
     trusts: tuple[str, ...] = ()
+    codes: Mapping[str, str] = field(default_factory=dict)
+    comm_codes: tuple[str, ...] = ()
+    fns: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +73,31 @@ class Ways:
                 self._inductor = self.whole.compile()
             self.agreement.share([0], patient=True)  # so that no rank waits for another in the middle of a step
 
-    def play(self, way: str, rows: Sequence[int], num_rows: int, args: Sequence[Any]) -> Sequence[Any]:
-        """The results of one way. A size that nothing was compiled for is played as it was traced."""
-        if way == SPLIT:
-            return self.player(self.programs.modules[len(rows)], rows, args)
+    def play(
+        self,
+        way: str,
+        rows: Sequence[int],
+        num_rows: int,
+        args: Sequence[Any],
+        *,
+        refined: Programs | None = None,
+        by: Player | None = None,
+    ) -> Sequence[Any]:
+        """The results of one way, played `by` another player than usual if need be.
+
+        A size that nothing was compiled for is played as it was traced.
+        """
+        if way in (SPLIT, REFINED):
+            programs = refined if way == REFINED and refined else self.programs
+            return (by or self.player)(programs.modules[len(rows)], rows, args)
         if way == INDUCTOR and self._inductor and self._fits(self._inductor[1], num_rows, args):
             results: Sequence[Any] = self._inductor[0](*args)
             return results
-        return self.unsplit(num_rows, args)
+        return self.unsplit(num_rows, args, by=by)
 
-    def unsplit(self, num_rows: int, args: Sequence[Any]) -> Sequence[Any]:
+    def unsplit(self, num_rows: int, args: Sequence[Any], *, by: Player | None = None) -> Sequence[Any]:
         if self._fits(self.programs.guards, num_rows, args):
-            return self.player(self.programs.modules[1], (num_rows,), args)
+            return (by or self.player)(self.programs.modules[1], (num_rows,), args)
         results: Sequence[Any] = self.whole.eager(*args)
         return results
 

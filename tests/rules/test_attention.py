@@ -73,11 +73,19 @@ def test_causal_attention_of_a_sequence_reads_keys_and_values_of_earlier_microba
     assert RULES[op](*SEQUENCES, *args) == Ruling(place, prefix=(1, 2))
 
 
+def test_of_a_mask_over_all_tokens_it_takes_on_trust_that_it_is_causal():
+    ruling = RULES[aten.scaled_dot_product_attention.default](*SEQUENCES, shared(1, 1, T, T))
+    assert ruling == Ruling(Split(2), prefix=(1, 2), assumes="its mask hides all later tokens from each token")
+
+
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
         (lambda: ask(CPU, *SEQUENCES, 0.0, False), "in the sequence dim, and it relates"),
         (lambda: ask(CPU, *SEQUENCES, 0.0, True, attn_mask=shared(1, 1, 5, 5)), "in the sequence dim, and it relates"),
+        (lambda: ask(CPU, *SEQUENCES, attn_mask=shared(T, 1, T, T)), "in the sequence dim, and it relates"),
+        (lambda: ask(CPU, *SEQUENCES, attn_mask=shared(1, 1, T, 2 * T)), "in the sequence dim, and it relates"),
+        (lambda: ask(CPU, Q, KV, KV, attn_mask=shared(1, T, 5, 9)), "has a size that counts the tokens of all microb"),
         (lambda: ask(CPU, *SEQUENCES, 0.1, True), "draws random numbers"),
         (lambda: ask(CPU, *[tokens(1, 2, 3 * T, 8)] * 3, 0.0, True), "in the sequence dim, and it relates"),
         (lambda: ask(CPU, SEQUENCES[0], *[shared(1, 2, 5, 8)] * 2, 0.0, True), "do not carry tokens alike"),

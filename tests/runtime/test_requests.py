@@ -10,7 +10,7 @@ from hypothesis import given as for_all
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from dbo_compile.axes import CuSeqlens, MaxSeqlen, Requests, SeqLens, Shared, Tokens, axis_of
+from dbo_compile.axes import CuSeqlens, MaxSeqlen, Requests, SeqLens, Shared, Tokens, axis_of, request_dim
 from dbo_compile.runtime.metadata import read_requests
 from dbo_compile.runtime.requests import RequestTable, candidates, given_values, parts_of, straddles
 
@@ -229,3 +229,9 @@ def test_bad_metadata_says_what_is_wrong(inputs, reason):
 def test_an_integer_is_a_token_dim():
     assert axis_of(-1) == Tokens(-1)
     assert axis_of(SeqLens()) == SeqLens()
+
+
+def test_which_dim_counts_requests():
+    assert {name: request_dim(axis) for name, axis in AXES.items() if request_dim(axis) is not None} == {
+        "block_table": 0, "adapter": 1, "cu_q": 0, "cu_k": 0, "seq_lens": 0,
+    }  # fmt: skip

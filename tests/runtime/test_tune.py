@@ -31,7 +31,7 @@ def tuned(tuner, seconds, size=SIZE):
     while (found := tuner.way(size, list(seconds)))[1]:
         order.append(found[0])
         cold = 100.0 if order.count(found[0]) == 1 else 1.0
-        tuner.took(size, found[0], cold * seconds[found[0]])
+        tuner.took(size, found[0], cold * seconds[found[0]], {})
     return order
 
 
@@ -41,6 +41,8 @@ def tuned(tuner, seconds, size=SIZE):
         ({"split": 0.8, "unsplit": 1.0, "inductor": 0.9}, "split"),
         ({"split": 0.8999, "unsplit": 1.0, "inductor": 0.9}, "inductor"),  # within noise
         ({"split": 0.8, "unsplit": 0.7, "inductor": 0.9}, "unsplit"),
+        ({"split": 0.8, "refined": 0.7, "unsplit": 1.0}, "refined"),
+        ({"split": 0.7, "refined": 0.8, "unsplit": 1.0}, "split"),
         ({"split": 0.8}, "split"),
         ({"split": 0.8, "unsplit": 1.0}, "split"),
     ],

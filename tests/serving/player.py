@@ -9,17 +9,16 @@ import torch
 
 from dbo_compile import capture, compat
 from dbo_compile import graph as g
-from dbo_compile.axes import Axis, CuSeqlens, Requests, SeqLens, Tokens, is_given
+from dbo_compile.axes import Axis, Tokens, is_given
 from dbo_compile.errors import NotSplit
 from dbo_compile.ir.program import Program
 from dbo_compile.ir.proof import verify_program
 from dbo_compile.ir.schedule import Schedule
-from dbo_compile.ir.tokens import REQUESTS, Given
 from dbo_compile.ir.verify import verify_schedule
 from dbo_compile.passes.analyze import analyze
 from dbo_compile.passes.cut import cut, unsplit_writes
 from dbo_compile.passes.emit import emit
-from dbo_compile.passes.given import fixed_sizes, given_numbers, number_sources
+from dbo_compile.passes.given import fixed_sizes, given_numbers, number_sources, placement_of
 from dbo_compile.passes.lower import lower
 from dbo_compile.passes.order import order
 from dbo_compile.passes.outline import outline
@@ -84,7 +83,7 @@ class Graph:
         symbols = dict.fromkeys(g.expression(g.value(nodes[i]).shape[d]) for i, d in self.token_dims.items())
         if not all(s.is_Symbol for s in symbols):
             raise NotSplit(capture.SPECIALISED)
-        given = {nodes[i]: given_as(axis) for i, (_, axis) in axes.items() if is_given(axis)}
+        given = {nodes[i]: placement_of(axis) for i, (_, axis) in axes.items() if is_given(axis)}
         numbers = number_sources(gm.graph, given, given_numbers(gm.graph, given, symbols))
         by_name = {name: (i, axis) for i, (name, axis) in axes.items()}
         self.inputs = RequestInputs(by_name, numbers, fixed_sizes(gm.graph, given))
@@ -118,10 +117,6 @@ class Graph:
         program = Program(sync(instrs, segments), segments, schedule.num_microbatches, straddles)
         verify_program(program)
         return program
-
-
-def given_as(axis: Axis) -> Given:
-    return Given(REQUESTS if isinstance(axis, Requests | CuSeqlens | SeqLens) else "")
 
 
 def symbolic(*dims: tuple[torch.Tensor, int]) -> None:

@@ -37,9 +37,14 @@ class Model(nn.Module):
         self.options = options
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids) + torch.arange(ids.shape[1])[None, :, None] * 0.1
+        rows = torch.arange(ids.shape[1])
+        x = self.embed(ids) + rows[None, :, None] * 0.1
+        options = dict(self.options)
+        if window := options.pop("window", 0):
+            behind = rows[:, None] - rows
+            options["attn_mask"] = ((behind >= 0) & (behind < window))[None, None]
         for layer in self.layers:
-            x = layer(x, **self.options)
+            x = layer(x, **options)
         return x
 
 
@@ -58,6 +63,15 @@ def test_it_is_what_the_whole_sequence_gives(rows):
     graph = split_and_not(rows, is_causal=True)
     assert not graph.placed.barriers
     assert len(graph.placed.prefixes) == 2
+
+
+@pytest.mark.parametrize("rows", [(5, 8), (12, 1), (4, 6, 3)])
+def test_a_causal_mask_of_all_tokens_is_cut_for_each_microbatch(rows):
+    """A window of four tokens, made inside the graph: made once for all tokens, which is the only barrier."""
+    graph = split_and_not(rows, window=4)
+    assert len(graph.placed.prefixes) == 2
+    assert set(graph.placed.obligations.values()) == {"its mask hides all later tokens from each token"}
+    assert not any("attention" in str(n.target) for n in graph.placed.barriers)
 
 
 def test_the_first_microbatch_waits_for_nothing_of_the_second():

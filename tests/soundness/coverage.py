@@ -24,8 +24,8 @@ class Depth:
     """How much of the samples is tried; `searches` for splits that no rule claims as well."""
 
     num_samples: int | None = None
-    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.int64, torch.complex128, torch.bool, torch.uint8)
-    most_views: int = 24
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.int64, torch.bool)
+    most_views: int = 16
     variants: tuple[str, ...] = ("as it is", "shuffled", "negated")
     searches: bool = True
 

@@ -23,6 +23,7 @@ class TwoRanks:
     def __enter__(self) -> TwoRanks:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
         self.mesh = init_device_mesh("cpu", (2,))
+        self._answers: dict[Any, bool] = {}
         self.rules = DTensor._op_dispatcher.sharding_propagator
         return self
 
@@ -31,6 +32,13 @@ class TwoRanks:
 
     def splits(self, call: Call, view: View) -> bool:
         """Whether some result is sharded and no argument has to be gathered or sent for it."""
+        dims = tuple((i, d) for i, d in view.dims.items() if i not in view.numbers)
+        key = call.key, dims
+        if key not in self._answers:
+            self._answers[key] = self._splits(call, view)
+        return self._answers[key]
+
+    def _splits(self, call: Call, view: View) -> bool:
         seen = call.replaced([self._seen(a, view.dims.get(i)) for i, a in enumerate(call.leaves)])
         try:
             answer = self.rules.propagate_op_sharding_non_cached(OpSchema(seen.op, seen.args, seen.kwargs))

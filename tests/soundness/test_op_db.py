@@ -46,7 +46,7 @@ def report(made):
 
 `make soundness` on {date.today()}, PyTorch {torch.__version__}, Python {platform.python_version()}, one CPU thread.
 
-For every op of PyTorch's `op_db`, each sample input (float64, int64, complex128, bool, uint8), each call of an ATen op
+For every op of PyTorch's `op_db`, each sample input (float64, int64, bool), each call of an ATen op
 that it makes, and each choice of token dims and of sizes that count tokens: what the rule claims, against the op on parts of
 the tokens (uneven, about even, three), joined, against the op on all of them; on the sample as it is, shuffled, and shuffled and
 negated. {len(made.seen)} distinct calls. Verdicts: {kinds(made)}.

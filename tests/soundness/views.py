@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice, product
@@ -75,9 +76,9 @@ def views(call: Call, most: int) -> Iterator[View]:
     numbers = _symbolic_numbers(call)
     for n in sorted({s // k for a in tensors.values() for s in a.shape for k in (1, 2, 3) if s % k == 0 and s // k > 1}):
         counted = {i: 0 for i in numbers if counts(leaves[i], n)}
-        others = [i for i in numbers if i not in counted]
+        alone = [{i: 0} for i in numbers if {i: 0} != counted]
         for dims in islice(_token_dims(tensors, n, ranked=call.op in SIMULATED), most):
-            for of_numbers in ({}, *([counted] if counted else []), *({i: 0} for i in others)):
+            for of_numbers in ({}, *([counted] if counted else []), *alone):
                 view = View(n, dims | of_numbers, numbers=tuple(of_numbers))
                 yield view
                 if any(tensors[i].dtype == torch.int64 for i in dims):
@@ -97,11 +98,11 @@ def _token_dims(tensors: Mapping[int, torch.Tensor], n: int, *, ranked: bool) ->
 def _symbolic_numbers(call: Call) -> list[int]:
     """The leaves that may be symbolic numbers by the schema: sizes, factors, bounds."""
 
-    def flags(kind: str, arg: Any) -> Any:
-        may = any(t in kind for t in ("SymInt", "number", "float"))
-        return tree_map(lambda a: may and type(a) in (int, float), arg)
+    def flags(name: str, arg: Any) -> Any:
+        return tree_map(lambda a: name in may and type(a) in (int, float), arg)
 
-    kinds = {a.name: str(a.real_type) for a in call.op._schema.arguments}
-    args = tuple(flags(kind, arg) for kind, arg in zip(kinds.values(), call.args, strict=False))
-    kwargs = {name: flags(kinds.get(name, ""), arg) for name, arg in call.kwargs.items()}
+    names = [a.name for a in call.op._schema.arguments]
+    may = {*re.findall(r"(?:SymInt|Scalar|float)\S* (\w+)", str(call.op._schema).partition(" -> ")[0])}
+    args = tuple(flags(name, arg) for name, arg in zip(names, call.args, strict=False))
+    kwargs = {name: flags(name, arg) for name, arg in call.kwargs.items()}
     return [i for i, flag in enumerate(Call(None, args, kwargs).leaves) if flag is True]
