@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
-import torch.distributed as dist
 from torch import fx
 
 from dbo_compile import capture, compat
 from dbo_compile import graph as g
 from dbo_compile.config import Config
-from dbo_compile.dump import dump
+from dbo_compile.dump import publish
 from dbo_compile.errors import NotSplit
 from dbo_compile.ir.program import Program, Run
 from dbo_compile.ir.proof import verify_program
@@ -35,10 +33,10 @@ from dbo_compile.passes.order import order
 from dbo_compile.passes.outline import Outline, outline
 from dbo_compile.passes.partial import join_costly
 from dbo_compile.passes.sync import sync
-from dbo_compile.report import Levels, Report, add_report, reports
+from dbo_compile.report import Levels, Report
 from dbo_compile.rules.collectives import comm_op, sms_setters
 from dbo_compile.runtime import graphs
-from dbo_compile.runtime.agree import CPU, Agreement, agreement_over
+from dbo_compile.runtime.agree import CPU, Agreement, agreement_over, check_covers
 from dbo_compile.runtime.clock import simulate
 from dbo_compile.runtime.engine import Engine, Follower
 from dbo_compile.runtime.graphs import Player
@@ -94,7 +92,7 @@ def _not_split(
 ) -> Callable[..., Any]:
     """What the user would have without us."""
     logger.info("a graph is not split: %s", why)
-    add_report(Report(why=why))
+    publish(Report(why=why, captured=gm.graph), config.dump)
     return compat.whole_graph_inductor(gm, example_inputs) if config.inner == "inductor" else gm.forward
 
 
@@ -102,6 +100,7 @@ def _agreement(groups: Sequence[str], config: Config, device: torch.device = CPU
     """Where the ranks meet that a graph communicates with; of several groups, those of the largest."""
     if config.dp_group is not None:
         group = compat.process_group(config.dp_group)
+        check_covers(group, map(compat.process_group, groups))
     else:
         found = [compat.process_group(name) for name in groups]
         group = max(found, key=lambda group: int(group.size()), default=None)
@@ -177,10 +176,8 @@ def compile_graph(
         replan,
     )
     engine.player = _player(gm.graph, engine, tokens, config)
-    report = Report(levels=levels, engine=engine)
-    add_report(report)
-    if config.dump:
-        _dump(levels, Path(config.dump))
+    report = Report(levels=levels, engine=engine, captured=tokens[0].placeholder.graph)
+    publish(report, config.dump)
     return engine
 
 
@@ -329,15 +326,6 @@ def _refuse_sizes_from_data(graph: fx.Graph) -> None:
         if any(g.symbols_of(v) - known for v in vals):
             where = g.source_line(node)
             raise NotSplit(f"the size of the result of {node.target} depends on its data ({where})")
-
-
-def _dump(levels: Levels, folder: Path) -> None:
-    """Leave the levels in a folder of this rank and graph; a full disk is no reason not to run."""
-    rank = f"rank{dist.get_rank()}" if dist.is_initialized() else ""
-    try:
-        dump(levels, folder / rank / f"graph{len(reports())}")
-    except OSError as error:
-        logger.warning("cannot dump to %s: %s", folder, error)
 
 
 def make_schedule(

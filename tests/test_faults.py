@@ -12,7 +12,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -323,7 +323,7 @@ def another_model(rank: Rank, noted: Noted) -> None:
 
 
 def other_options(rank: Rank, noted: Noted) -> None:
-    choices: list[dict[str, Any]] = [{"num_microbatches": 3}, {"min_tokens": 7}, {"pad_to": "auto"}, {"gate": "every-call"}]
+    choices: list[dict[str, Any]] = [{"num_microbatches": 3}, {"min_tokens": 7}, {"pad_to": "auto"}]
     if rank.trial.style == "decorated":  # else it is not ours any more, and never comes
         choices.append({"split": "never"})
     other = rank.compiled(Model(rank.group), **random.Random(rank.trial.seed).choice(choices))
@@ -338,10 +338,11 @@ def wrong_pad_value(rank: Rank, noted: Noted = lambda: None) -> None:
 
 
 def left_out(rank: Rank, noted: Noted = lambda: None) -> None:
-    members = rank.trial.members
-    others = dist.new_group([m for i, m in enumerate(members) if i != rank.trial.victim], use_local_synchronization=True)
+    is_victim = rank.me == rank.trial.victim
+    group = new_group([m for i, m in enumerate(rank.trial.members) if (i == rank.trial.victim) == is_victim])
     noted()
-    rank.compiled(Model(rank.group), dp_group=others)(*rank.inputs(rank.trial.num_good))
+    dp_group = dist.GroupMember.NON_GROUP_MEMBER if is_victim else group
+    rank.compiled(Model(rank.group), dp_group=dp_group)(*rank.inputs(rank.trial.num_good))
 
 
 def idles(rank: Rank, noted: Noted) -> None:
@@ -354,6 +355,7 @@ DIFFERS = r"Disagreement: ranks must play the same (program|config), but do not 
 WRONG = r"Disagreement: rank {v} came to this step with wrong inputs; the error there says what is wrong$"
 LEFT = r"RankLost: rank {v} left: (it|compiling) raised "
 NO_VALUE = r"ValueError: pad_values\['shift'\]=0.5 is no value of torch.int64, its dtype$"
+LEFT_OUT = r"\w+: .*dp_group leaves out rank \d of the world, with whom the model communicates: "
 EVERYWHERE = (BEFORE, FIRST, SECOND, COMPILING)
 
 FAULTS = {
@@ -373,7 +375,7 @@ FAULTS = {
         "ValueError: 41 tokens are more than the largest size in pad_to, 40: ", WRONG,
     ),
     "brings inputs that differ": Fault(
-        with_inputs(lambda x, shift: (x, shift[1:])), r"ValueError: token inputs must have one number of tokens \(shift: ",
+        with_inputs(lambda x, shift: (x, shift[1:])), r"ValueError: token inputs must have one number of tokens \(",
         WRONG, styles=("decorated",),
     ),
     "brings another dtype": Fault(
@@ -383,11 +385,12 @@ FAULTS = {
         with_inputs(lambda x, shift: (x, shift.sum())), r"(Value|Index)Error: ", WRONG, styles=("decorated",)
     ),
     "brings another hidden size": Fault(
-        with_inputs(lambda x, shift: (torch.cat([x, x], 1), shift)), r"\w+: ", LEFT, styles=("decorated",), passing=False
+        with_inputs(lambda x, shift: (torch.cat([x, x], 1), shift)), r"\w+: ", LEFT,
+        styles=("decorated",), passing=False,
     ),
     "pads with no value of the dtype": Fault(wrong_pad_value, NO_VALUE, WRONG, styles=("decorated",)),
     "pads like all with no value of the dtype": Fault(wrong_pad_value, NO_VALUE, NO_VALUE, others=wrong_pad_value),
-    "is not in dp_group": Fault(left_out, "ValueError: dp_group", r"\w+: .*rank {v}", others=left_out),
+    "is not in dp_group": Fault(left_out, "ValueError: dp_group=-100", LEFT_OUT, others=left_out),
     "idles before its first call": Fault(
         idles, "ValueError: idle_step has seen no call yet", WRONG, styles=("decorated",), num_good=(0,)
     ),
@@ -415,10 +418,7 @@ class World:
     def play(self, trial: Trial) -> dict[int, Told]:
         """What each member tells, by its rank in the group; a victim that is stopped goes on when all others did."""
         victim = trial.members[trial.victim]
-        try:
-            self.ranks.ask(trial.members, tells, trial)
-        except OSError as error:
-            raise RankFailed("a rank has died before") from error
+        self.ranks.ask(trial.members, tells, trial)
         answers = self.ranks.answers([rank for rank in trial.members if rank != victim], 60.0)
         if trial.fault == "is killed":
             self.alive.remove(victim)
@@ -452,9 +452,9 @@ def test_the_others_hear_of_a_rank_that(worlds, fault):
             told = world.play(trial)
             log(trial, told)
             return [f"{trial}: {problem}" for problem in problems(trial, told)]
-        except RankFailed as error:
+        except (RankFailed, OSError) as error:  # a rank that has died is no process, and its pipe is broken
             world.alive = []
-            return [f"{trial}: {error}"]
+            return [f"{trial}: {type(error).__name__}: {error}"]
         finally:
             worlds.put(world)
 
@@ -466,7 +466,7 @@ def drawn(fault: str, seed: int, members: tuple[int, ...]) -> Trial:
     rng, kind = random.Random(f"{fault} {seed}"), FAULTS[fault]
     place = rng.choice(kind.places)
     num_good = 0 if place == COMPILING else rng.choice(kind.num_good)
-    if place == BEFORE and kind.ends:
+    if place == BEFORE and not kind.passing:
         num_good = max(1, num_good)  # a rank that has never connected is waited for ten times as long
     style = kind.styles[seed % len(kind.styles)]
     return Trial(fault, style, place, num_good, rng.randrange(len(members)), members, seed)
@@ -496,3 +496,34 @@ def problems(trial: Trial, told: dict[int, Told]) -> Iterator[str]:
 
 def log(trial, told):
     print(trial, *told.items(), sep="\n", flush=True)
+
+
+# -- ranks that are lost before they have met, and with the store of all -----------------------------------------------
+
+
+def lost_early(victim: int, timeout_s: float) -> tuple[str | None, float]:
+    """What a rank hears, and when, if `victim` is killed before its first call."""
+    group = new_group(range(NUM_RANKS))
+    model = torch.compile(Model(group), backend="dbo", options={"inner": "eager", "timeout_s": timeout_s})
+    if dist.get_rank() == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with torch.no_grad():
+        began = time.monotonic()
+        error, raised_at = error_of(lambda: model(*Trial("", "plain", BEFORE, 0, 0, (0,), 0).inputs(0, 0)))
+    return error, raised_at - began
+
+
+def test_a_rank_that_never_connects_is_waited_for_ten_times_as_long(worlds):
+    world, timeout_s = worlds.get(), 0.4
+    try:
+        world.alive = []
+        world.members()
+        world.ranks.ask(range(NUM_RANKS), lost_early, 2, timeout_s)
+        world.alive = []
+        answers = [a.value for _, a in sorted(world.ranks.answers([0, 1, 3], 60.0).items())]
+    finally:
+        worlds.put(world)
+    errors, seconds = zip(*answers, strict=True)
+    assert errors == (errors[0],) * 3
+    assert re.match(r".*RankLost: rank 2 did not connect within \d+\.\d s", errors[0], re.DOTALL)
+    assert max(seconds) < 10 * timeout_s + 2.0 + 2.0  # compiling counts too

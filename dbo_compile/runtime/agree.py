@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,10 +16,11 @@ from typing import NoReturn, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllreduceOptions, ProcessGroup, ProcessGroupGloo, Work
 
 from dbo_compile.errors import Disagreement, RankLost
-from dbo_compile.runtime.plan import NUM_ROWS, BatchPlan, Limits, Wish, decide
+from dbo_compile.runtime.plan import NUM_ROWS, BatchPlan, Limits, Wish, decide, listed
 from dbo_compile.runtime.rollcall import GRACE_SECONDS, Roll, RollCall
 
 PATIENCE_SECONDS = 0.5
@@ -57,13 +58,25 @@ def agreement_over(group: ProcessGroup | None, timeout_s: float, device: torch.d
     return made[timeout_s, device]
 
 
+def check_covers(group: ProcessGroup, others: Iterable[ProcessGroup]) -> None:
+    """Raise `ValueError` if a model talks to ranks, in its groups `others`, that do not decide with it in `group`."""
+    ranks = dist.get_process_group_ranks(group)
+    left_out = dict.fromkeys(r for other in others for r in dist.get_process_group_ranks(other) if r not in ranks)
+    if left_out:
+        raise ValueError(
+            f"dp_group leaves out {listed(list(left_out))} of the world, with whom the model communicates: they would "
+            "decide for themselves what is played; give a group that has them all"
+        )
+
+
 class Agreement:
     """Where the ranks of a group meet before each step; with no group, or a group of one, each wish makes the plan.
 
     Ranks make their agreements over a group in the same order; to make one waits ten times as long (or for
-    `connect_timeout_s`), since other ranks may still be loading. On the CPU it has connections of its own, and so never mixes with what else is sent
-    over the group. On another `device` it uses those of the group, and between `agree_ahead` and `agree` every rank
-    must send the same over them. Ranks are numbered as in the group. After a `RankLost` it is of no use any more.
+    `connect_timeout_s`), since other ranks may still be loading. On the CPU it has connections of its own, and so
+    never mixes with what else is sent over the group. On another `device` it uses those of the group, and between
+    `agree_ahead` and `agree` every rank must send the same over them. Ranks are numbered as in the group. After a
+    `RankLost` it is of no use any more.
     """
 
     def __init__(

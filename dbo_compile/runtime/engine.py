@@ -170,8 +170,9 @@ class Engine:
             return self.agreement.agree(ahead, self.limits)
         can_split = len(set(sizes)) == 1 and self._can_split(num_tokens, self.signature.others(args))
         try:
+            self.signature.check(args)
             wish = self._wish(num_tokens, *self._last, can_split=can_split)
-        except ValueError:  # more tokens than any bucket has: the others must not wait for this rank
+        except ValueError:  # more tokens than any bucket has, perhaps: the others must not wait for this rank
             self.agreement.meet(Wish.wrong(self.fingerprint, self.config.fingerprint))
             raise
         return self.agreement.agree(wish, self.limits, patient=self.calls.total == 1)

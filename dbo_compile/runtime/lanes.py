@@ -15,6 +15,9 @@ WaitFor = Callable[[Work, str], None]
 """Waits for a collective, and raises if it does not end; the text says which one it is."""
 
 
+FINISHED = Pending(None, None)
+
+
 class Lanes(Protocol):
     """Every call of an emitted program that is not a segment. The compute lane is the current one at the start."""
 
@@ -113,7 +116,8 @@ class WorkLanes(RowLanes):
 
     def issue(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """Start a collective; a result of another one among its arguments is waited for first."""
-        waited_for = [i for i, p in enumerate(self.started) if any(a is p.result for a in args)]
+        under_way = range(self.num_finished, len(self.started))
+        waited_for = [i for i in under_way if any(a is self.started[i].result for a in args)]
         self._finish_until(max(waited_for, default=-1) + 1)
         pending = start(op, *args, **kwargs)
         self.started.append(pending)
@@ -133,9 +137,10 @@ class WorkLanes(RowLanes):
 
     def _finish_until(self, end: int) -> None:
         while self.num_finished < end:
+            pending, name = self.started[self.num_finished], self.names[self.num_finished]
+            self.started[self.num_finished] = FINISHED  # or its result would stay in memory until the end
             self.num_finished += 1
-            pending = self.started[self.num_finished - 1]
             if pending.work is not None and self.wait_for is not None:
-                self.wait_for(pending.work, self.names[self.num_finished - 1])
+                self.wait_for(pending.work, name)
             else:
                 pending.wait()

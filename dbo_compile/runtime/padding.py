@@ -79,8 +79,7 @@ class Padding:
         To be called before ranks agree: one that fails after that leaves the others waiting.
         """
         for name, x in self._tensors(inputs).items():
-            if not can_hold(x.dtype, self.values[name]):
-                raise ValueError(f"pad_values[{name!r}]={self.values[name]!r} is no value of {x.dtype}, its dtype")
+            check_value(name, x.dtype, self.values[name])
 
     def num_tokens(self, inputs: Mapping[str, Any]) -> int:
         """The size of the token dims. Raises `ValueError` if inputs differ in it."""
@@ -171,6 +170,12 @@ def unpad_tree(outputs: Any, dim: int, num_rows: int, num_tokens: int) -> Any:
         return unpad(x, dim, num_rows, num_tokens) if has_dim and x.shape[dim] == num_rows else x
 
     return compat.tree_map(cut, outputs)
+
+
+def check_value(name: str, dtype: torch.dtype, value: Number) -> None:
+    """Raise `ValueError` if the input of this name cannot be padded with `value`."""
+    if not can_hold(dtype, value):
+        raise ValueError(f"pad_values[{name!r}]={value!r} is no value of {dtype}, its dtype")
 
 
 def can_hold(dtype: torch.dtype, value: Number) -> bool:

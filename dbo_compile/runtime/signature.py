@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 import torch
 
-from dbo_compile.runtime.padding import pad, unpad_outputs
+from dbo_compile.runtime.padding import check_value, pad, unpad_outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,11 @@ class Signature:
     def others(self, args: Sequence[Any]) -> tuple[int, ...]:
         """The values of the symbols that do not count tokens."""
         return tuple(args[i] for i in (self.symbol_inputs or {}).values())
+
+    def check(self, args: Sequence[Any]) -> None:
+        """Raise `ValueError` for a pad value that the dtype of its input cannot hold."""
+        for t in self.token_inputs:
+            check_value(t.name, args[t.index].dtype, t.pad_value)
 
     def padded(self, args: Sequence[Any], num_rows: int) -> list[Any]:
         """The arguments with `num_rows` rows of tokens."""

@@ -14,6 +14,7 @@ import torch
 
 from dbo_compile.runtime.collectives import play
 from dbo_compile.runtime.lanes import RowLanes
+from dbo_compile.runtime.steps import ranged
 
 FORK, JOIN = "fork:", "join:"
 """Events that no program has: steps are identifiers."""
@@ -108,5 +109,5 @@ class StreamPlayer:
 
     def __call__(self, module: Callable[..., Any], rows: Sequence[int], args: Sequence[Any]) -> tuple[Any, ...]:
         with StreamLanes(rows, self.device, self.comm, self.events) as lanes:
-            results: tuple[Any, ...] = module(lanes, *args)
+            results: tuple[Any, ...] = ranged(module)(lanes, *args)
         return results

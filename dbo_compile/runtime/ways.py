@@ -14,8 +14,8 @@ from dbo_compile.runtime.graphs import Player
 from dbo_compile.runtime.lanes import WaitFor, WorkLanes
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.signature import Signature
+from dbo_compile.runtime.steps import ranged
 from dbo_compile.runtime.tune import INDUCTOR, REFINED, SPLIT, UNSPLIT
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def played(
 ) -> tuple[Any, ...]:
     """The results of an emitted program on lanes of its own."""
     with WorkLanes(rows, wait_for) as lanes:
-        results: tuple[Any, ...] = module(lanes, *args)
+        results: tuple[Any, ...] = ranged(module)(lanes, *args)
     return results
 
 
