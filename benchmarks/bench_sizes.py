@@ -22,11 +22,14 @@ from benchmarks.bench_link import CONFIG, SMALL, comm_seconds, in_place_of_excha
 from benchmarks.link import agreed, joined, set_rate, start_ranks, why_no_link
 from benchmarks.results import Table, alternating, options, publish
 from dbo_compile import compat, reports
+from dbo_compile.runtime.padding import coarse
+from dbo_compile.runtime.tune import Size
 
 SIZES = tuple(2**i for i in range(13))
 TYPICAL_SIZE = 512
 """The size for which a ratio of communication to compute is meant; smaller sizes have their own."""
-TRIALS = 20
+TRIALS = 32
+"""Calls after which dbo has decided: five of each of four ways, eight to measure costs, the gate."""
 REFERENCE_MBIT = 1000.0
 
 
@@ -103,13 +106,13 @@ def measured(config: dict[str, Any], sizes: Sequence[int], link: str, repeats: i
         took = alternating({name: partial(fn, ids) for name, fn in variants.items()}, repeats, before=dist.barrier)
         both = took["Inductor"], took["dbo"]
         ratio = agreed(both[1].median) / agreed(both[0].median)
-        yield link, size, both[0].ms(2), both[1].ms(2), ratio, chosen()
+        yield link, size, both[0].ms(2), both[1].ms(2), ratio, chosen(size)
 
 
-def chosen() -> str:
-    """The last decision, with its trials."""
-    decisions = list(reports()[-1].decisions.values())
-    return str(decisions[-1]) if decisions else "not split as a whole: " + reports()[-1].reason
+def chosen(size: int) -> str:
+    """The decision for a size of one token a sequence, with its trials."""
+    decision = reports()[-1].decisions.get(Size(coarse(size), coarse(size)))
+    return str(decision) if decision else "not split: " + (reports()[-1].reason or "see decline_counts")
 
 
 def tokens(config: dict[str, Any], size: int) -> torch.Tensor:

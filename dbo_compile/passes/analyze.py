@@ -8,7 +8,7 @@ the graph.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +34,7 @@ from dbo_compile.ir.tokens import (
     Value,
 )
 from dbo_compile.passes.given import given_numbers
+from dbo_compile.passes.prefix import prefix_of
 from dbo_compile.rules import rule_of
 from dbo_compile.rules.registry import reads_whole
 
@@ -178,7 +179,7 @@ class _Walk:
         if ruling.whole_requests:
             self.whole_requests[node] = None
         if ruling.prefix:
-            self.prefixes[node] = _prefix(node, ruling.prefix)
+            self.prefixes[node] = prefix_of(node, ruling.prefix)
         if isinstance(ruling.place, tuple):
             return tuple(_named(p, node) for p in ruling.place)
         return _named(ruling.place, node)
@@ -258,16 +259,6 @@ class _Regions:
 def draws_random_numbers(node: fx.Node) -> bool:
     """By its tag; an op that may or may not (attention with dropout) has a rule, which refuses where it does."""
     return g.has_tag(node, torch.Tag.nondeterministic_seeded) and rule_of(node.target) is None
-
-
-def _prefix(node: fx.Node, positions: Sequence[int]) -> tuple[fx.Node, ...]:
-    """The arguments of which `node` reads the rows of earlier microbatches as well."""
-    found = tuple(n for i in positions if isinstance(n := node.args[i], fx.Node))
-    if any(arg in found for i, arg in enumerate(node.args) if i not in positions):
-        raise CannotSplit("it attends from rows to those same rows")
-    if any(user.target is operator.getitem and user.args[1] != 0 and user.users for user in node.users):
-        raise CannotSplit("more than its output is read")
-    return found
 
 
 def _is_local(place: Placement | tuple[Placement, ...]) -> bool:

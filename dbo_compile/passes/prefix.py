@@ -1,21 +1,32 @@
-"""Causal attention of a microbatch to its own rows and all earlier ones: which op does it, in the code of a segment."""
+"""Causal attention of a microbatch to its own rows and all earlier ones: what it reads, and which op does it."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from dbo_compile import graph as g
+from dbo_compile.errors import CannotSplit
 from dbo_compile.passes.layout import laid_out, order_of
 
 aten = torch.ops.aten
 
 ALIGNED_RIGHT = frozenset({aten._scaled_dot_product_flash_attention.default})
 """Ops whose causal mask lets the last query see the last key already; that of all others begins at the upper left."""
+
+
+def prefix_of(node: fx.Node, positions: Sequence[int]) -> tuple[fx.Node, ...]:
+    """The arguments of which `node` reads the rows of earlier microbatches as well."""
+    found = tuple(n for i in positions if isinstance(n := node.args[i], fx.Node))
+    if any(arg in found for i, arg in enumerate(node.args) if i not in positions):
+        raise CannotSplit("it attends from rows to those same rows")
+    if any(user.target is operator.getitem and user.args[1] != 0 and user.users for user in node.users):
+        raise CannotSplit("more than its output is read")
+    return found
 
 
 def attend_to_prefix(

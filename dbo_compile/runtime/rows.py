@@ -23,6 +23,7 @@ class Guards:
     def __init__(self, guards: Sequence[sympy.Expr], symbols: Sequence[sympy.Symbol]) -> None:
         self.guards = tuple(guards)
         self.symbols = tuple(symbols)
+        self._broken: dict[tuple[int, ...], sympy.Expr | None] = {}
 
     @property
     def know_others(self) -> bool:
@@ -30,7 +31,13 @@ class Guards:
         return any(guard.has(*self.symbols) for guard in self.guards) if self.symbols else False
 
     def broken(self, rows: int, others: Sequence[int]) -> sympy.Expr | None:
-        """The first guard that does not hold for so many rows."""
+        """The first guard that does not hold for so many rows; None if all do."""
+        key = (rows, *others)
+        if key not in self._broken:
+            self._broken[key] = self._find_broken(rows, others)
+        return self._broken[key]
+
+    def _find_broken(self, rows: int, others: Sequence[int]) -> sympy.Expr | None:
         given = {TOKENS: rows, **dict(zip(self.symbols, others, strict=True))}
         values = {symbol: sympy.Integer(value) for symbol, value in given.items()}
         return next((guard for guard in self.guards if not _holds(guard, values)), None)

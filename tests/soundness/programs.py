@@ -41,6 +41,8 @@ OPS: list[tuple[tuple[str, ...], str]] = [
     ((X,), "({0} @ {0}.T).tril() @ {0} * 0.01"), ((X,), "torch.einsum('td,de->te', {0}, W)"),
     ((X,), "({0}.T @ {0}) * 0.01 + {0}.sum(0)"), ((X, r"float\(6,6\)",), "{0} @ {1} * 0.01"),
     ((X, E,), "torch.bmm({0}[:, None], We[{1}])[:, 0]"),
+    # subgraphs that are there several times
+    ((X,), "block({0})"), ((X,), "block(block({0}))"), ((X, E,), "experts({0}, {1})"),
     # along dims
     ((X,), "torch.softmax({0}, {d})"), ((X,), "{0}.cumsum({d})"), ((X,), "{0} - {0}.mean({d}, keepdim=True)"),
     ((X,), "torch.nn.functional.layer_norm({0}, (6,), b, b)"),
@@ -142,6 +144,19 @@ OPS: list[tuple[tuple[str, ...], str]] = [
 ]  # fmt: skip
 
 
+SUBGRAPHS = """
+def block(x):
+    return torch.tanh(x @ W) + funcol.all_reduce(x * 0.5, 'sum', G)
+
+def experts(x, e):
+    order = e.argsort(stable=True)
+    rows = funcol.all_to_all_single(x[order], None, None, G)
+    rows = funcol.all_to_all_single(torch.relu(rows @ W), None, None, G)
+    return torch.zeros_like(x).index_add(0, order, rows) + torch.tanh(x @ W)
+"""
+"""Functions that lines call: layers that are alike."""
+
+
 def arguments(num_tokens: int) -> tuple[torch.Tensor, ...]:
     """Rows, experts, factors, a buffer with a row for each token, a cache with nine rows."""
     random = torch.Generator().manual_seed(num_tokens)
@@ -155,7 +170,9 @@ def constants(group: Any) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
     shapes = {"W": (6, 6), "V": (6, 4), "b": (6,), "We": (5, 6, 6), "table": (9, 6)}
     weights = {name: torch.randn(*s, generator=random, dtype=torch.double) * 0.5 for name, s in shapes.items()}
-    return {"torch": torch, "funcol": funcol, "G": group, **weights}
+    scope = {"torch": torch, "funcol": funcol, "G": group, **weights}
+    exec(SUBGRAPHS, scope)
+    return scope
 
 
 @dataclass
