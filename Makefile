@@ -12,12 +12,13 @@ PIP := $(BIN)/python -m pip install -qq $(if $(CI),--no-input)
 TORCH_WANTED = import tomllib; \
     print(*(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("torch")))
 
-.PHONY: help demo serve-demo test check bench gpu clean
+.PHONY: help soundness demo serve-demo test check bench gpu clean
 
 help:
 	@echo "make demo    what the backend does to a small model, step by step"
 	@echo "make serve-demo    a serving loop on two ranks, requests coming and going on each"
 	@echo "make test    the test suite"
+	@echo "make soundness  the rules against brute force on all of PyTorch's samples, the same samples compiled, long fuzzing"
 	@echo "make check   lint, types, layers, and the documentation as a site in build/site"
 	@echo "make bench   every benchmark that runs on a CPU"
 	@echo "make soak    two ranks, 10,000 steps of random sizes: nothing leaks, hangs or differs"
@@ -32,6 +33,13 @@ serve-demo: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -m "not gpu" --durations=10 $(PYTEST_ARGS)
+
+# Takes most of an hour; writes docs/results/soundness.md.
+soundness: export SOUNDNESS_OP_DB := all
+soundness: export SOUNDNESS_EXAMPLES := 1000
+soundness: export SOUNDNESS_ROUTES := 20000
+soundness: $(STAMP)
+	@$(BIN)/python -m pytest -s tests/soundness $(PYTEST_ARGS)
 
 check: $(STAMP)
 	@echo "ruff" && $(BIN)/ruff check --quiet .

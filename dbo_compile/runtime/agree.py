@@ -211,19 +211,23 @@ class Agreement:
         """
         if self._lost:
             raise RankLost(self._lost)
-        now = time.monotonic()
-        call = RollCall(self._roll, self.num_steps, what, now + self._timeout_s, now + longest)
+        since = time.monotonic()
         seconds = min(PATIENCE_SECONDS, self._timeout_s / 2)
-        while not call.is_over:
+        call: RollCall | None = None  # most waits end before there is reason to call the roll
+        while call is None or not call.is_over:
             try:
                 if self._is_done_on_device(work, seconds) if on_device else _is_done(work, seconds):
-                    call.end()
+                    if call:
+                        call.end()
                     self._met_at = time.monotonic()
                     return
             except RuntimeError as error:
+                call = call or RollCall(self._roll, self.num_steps, what, since + self._timeout_s, since + longest)
                 call.fail(_cause(error))
                 break
-            call.begin()
+            if call is None:
+                call = RollCall(self._roll, self.num_steps, what, since + self._timeout_s, since + longest)
+                call.begin()
             seconds = POLL_SECONDS
         self._lost = call.verdict()
         raise RankLost(self._lost)

@@ -81,6 +81,7 @@ class Engine:
         """Why the gate had the graph split no more."""
         self.fingerprint = _hash(programs.fingerprint, str(self.tuner.decisions))
         """What the ranks that play this graph together must have in common."""
+        self._config_fingerprint = config.fingerprint
         self._recompile = recompile
         self._refiner = Refiner(self.ways, agreement, replan)
         self._gate = Gate(self.ways, agreement)
@@ -173,13 +174,13 @@ class Engine:
             self.signature.check(args)
             wish = self._wish(num_tokens, *self._last, can_split=can_split)
         except ValueError:  # more tokens than any bucket has, perhaps: the others must not wait for this rank
-            self.agreement.meet(Wish.wrong(self.fingerprint, self.config.fingerprint))
+            self.agreement.meet(Wish.wrong(self.fingerprint, self._config_fingerprint))
             raise
         return self.agreement.agree(wish, self.limits, patient=self.calls.total == 1)
 
     def _wish(self, num_tokens: int, elements: int, decode: bool, *, can_split: bool) -> Wish:
         bucket = self.buckets.bucket(num_tokens)
-        program, config = self.fingerprint, self.config.fingerprint
+        program, config = self.fingerprint, self._config_fingerprint
         return Wish(num_tokens, bucket, elements * bucket, can_split, self.wants_gate, decode, program, config)
 
     def _can_split(self, num_tokens: int, others: Sequence[int]) -> bool:

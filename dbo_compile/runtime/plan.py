@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Self
 
@@ -58,7 +58,7 @@ class Wish:
         return replace(cls.idle(program, config), is_valid=False)
 
     def packed(self) -> tuple[int, ...]:
-        *numbers, program, config, is_valid = astuple(self)
+        *numbers, program, config, is_valid = (getattr(self, name) for name in self.__slots__)
         return (*numbers, _to_int64(program), _to_int64(config), is_valid)
 
     @classmethod

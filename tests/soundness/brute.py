@@ -39,7 +39,7 @@ class Trial:
 
     def __init__(self, call: Call, *, variants: tuple[str, ...] = ("as it is", "shuffled", "negated")) -> None:
         self.call = call
-        self.samples = [_variant(call.leaves, name) for name in variants]
+        self.samples = [_variant(call.leaves, name, integers=self.rule is not None) for name in variants]
         self._whole: dict[Any, Any] = {}
 
     @cached_property
@@ -127,12 +127,17 @@ class Trial:
         return self.call.replaced(own)(), own
 
 
-def _variant(leaves: list[Any], name: str) -> list[Any]:
-    """`shuffled`: the elements of each tensor in another order; `negated`: that, and all but integers negated."""
+def _variant(leaves: list[Any], name: str, *, integers: bool) -> list[Any]:
+    """`shuffled`: the elements of each tensor in another order; `negated`: that, and all but integers negated.
+
+    Integers stay as they are for ops that nobody claims anything of: some believe what numbers they are given.
+    """
     random = torch.Generator().manual_seed(3)
 
     def changed(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or name == "as it is":
+            return x
+        if not (integers or x.is_floating_point() or x.is_complex()):
             return x
         shuffled = x.flatten()[torch.randperm(x.numel(), generator=random)].view(x.shape)
         return -shuffled if name == "negated" and (x.is_floating_point() or x.is_complex()) else shuffled

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ class Tally:
     verdicts: defaultdict[Any, Counts] = field(default_factory=lambda: defaultdict(Counter))
     splits: defaultdict[Any, Counts] = field(default_factory=lambda: defaultdict(Counter))
     seen: set[str] = field(default_factory=set)
+    crashed: list[str] = field(default_factory=list)
 
     def add(self, call: Call, depth: Depth, also: Callable[[Call, View], bool] | None = None) -> None:
         """Judge a call in every view, unless it was judged before; `also` is asked whether it would split, too."""
@@ -72,15 +75,50 @@ def is_compared(call: Call, view: View) -> bool:
     return in_graphs and not view.positions and all(type(call.leaves[i]) is int for i in view.numbers)
 
 
-def tally(infos: Iterable[Any], depth: Depth, also: Callable[[Call, View], bool] | None = None) -> Tally:
-    """Judge the samples of ops."""
-    made = Tally()
+def tally(
+    infos: Iterable[Any], depth: Depth, also: Callable[[Call, View], bool] | None = None, seen: Iterable[str] = ()
+) -> Tally:
+    """Judge the samples of ops, but for the calls in `seen`."""
+    made = Tally(seen={*seen})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for info in infos:
             for call in calls_of(info, depth.dtypes, depth.num_samples):
                 made.add(call, depth, also)
     return made
+
+
+def tally_in_processes(infos: Iterable[Any], depth: Depth, also: Callable[[Call, View], bool] | None = None) -> Tally:
+    """Judge the samples of ops, each op in a process of its own: some kernels crash on parts that do not fit."""
+    made = Tally()
+    for info in infos:
+        here, there = Pipe(duplex=False)
+        if (child := os.fork()) == 0:
+            there.send(_plain(tally([info], depth, also, made.seen)))
+            os._exit(0)
+        there.close()
+        try:
+            _merge(made, *here.recv())
+        except EOFError:
+            made.crashed.append(info.name)
+        os.waitpid(child, 0)
+        here.close()
+    return made
+
+
+def _plain(made: Tally) -> tuple[list[str], dict[str, Counts], dict[str, Counts], set[str]]:
+    """Ops cannot be sent, their names can."""
+    return made.wrong, {str(o): c for o, c in made.verdicts.items()}, {str(o): c for o, c in made.splits.items()}, made.seen
+
+
+def _merge(made: Tally, wrong: list[str], verdicts: dict[str, Counts], splits: dict[str, Counts], seen: set[str]) -> None:
+    made.wrong += wrong
+    made.seen |= seen
+    for name in verdicts:
+        namespace, op, overload = name.split(".")
+        target = getattr(getattr(getattr(torch.ops, namespace), op), overload)
+        made.verdicts[target] += verdicts[name]
+        made.splits[target] += splits.get(name, Counter())
 
 
 def tally_of_our_own(made: Tally, depth: Depth) -> None:
