@@ -1,9 +1,11 @@
 # Each target works as the only command on a fresh clone: the first one makes .venv and installs the project into it.
 #   make test PYTEST_ARGS="-k schedule"     passes arguments on to pytest
+#   make test JOBS=8                        runs as many test files at a time
 #   make test TORCH_INDEX=URL               takes PyTorch from this package index
 PYTHON ?= python3
 PYTEST_ARGS ?=
 TORCH_INDEX ?=
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +34,7 @@ serve-demo: $(STAMP)
 	@$(BIN)/python examples/serve.py
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m "not gpu" --durations=10 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu" --durations=10 $(PYTEST_ARGS)
 
 # Takes most of an hour; writes docs/results/soundness.md.
 soundness: export SOUNDNESS_OP_DB := all

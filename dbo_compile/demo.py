@@ -59,7 +59,7 @@ def demo(folder: Path) -> int:
         say(f"\nThe demo failed.\n{error}")
         return 1
     say(f"\nWritten to {folder.resolve()}, a folder for each rank: every level from placements to the rewritten")
-    say("graph (5_graph.py), and the lane chart (lanes.svg).")
+    say("graph (5_graph.py), and the lane chart (lanes.svg). Open index.html to see them together.")
     return 0
 
 
@@ -155,6 +155,7 @@ def _lines(report: Report, difference: float, times: Mapping[str, float], timeli
         f"on trust, {len(report.obligations)} times: {next(iter(report.obligations.values()), 'nothing')}",
         f"hidden communication: {predicted.hidden_comm:.0%} predicted, {timeline.hidden_comm:.0%} measured",
         "step: " + ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in times.items()),
+        f'split="auto", which times this for every size, would play {min(times, key=times.__getitem__)} here',
         "(two ranks on one machine talk through memory: communication is computing there, and little is gained by",
         "hiding it; benchmarks/ has the same model on a real link)",
         "measured lanes of one step:",

@@ -148,6 +148,11 @@ def test_random_numbers_are_drawn_in_the_order_of_the_graph():
     assert drawn == ["bernoulli", "bernoulli_1"]
 
 
+KINDS = (
+    lambda a, _: exchange(a), lambda a, b: a + b, lambda a, b: a @ b, lambda a, _: a.sin(), lambda a, _: a.flip(0),
+)  # fmt: skip
+
+
 def random_graph(seed):
     """Twenty ops on what was made before, a fifth of them collectives; and which of them are barriers."""
     random = torch.Generator().manual_seed(seed)
@@ -161,7 +166,7 @@ def random_graph(seed):
         values = [x, w]
         for kind, i, j in choices:
             a, b = values[i % len(values)], values[j % len(values)]
-            values.append([lambda: exchange(a), lambda: a + b, lambda: a @ b, lambda: a.sin(), lambda: a.flip(0)][kind]())
+            values.append(KINDS[kind](a, b))
         return values[-1], values[-3]
 
     return traced(fn, (3, 3), (3, 3))

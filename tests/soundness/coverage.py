@@ -106,12 +106,15 @@ def tally_in_processes(infos: Iterable[Any], depth: Depth, also: Callable[[Call,
     return made
 
 
-def _plain(made: Tally) -> tuple[list[str], dict[str, Counts], dict[str, Counts], set[str]]:
+def _plain(made: Tally) -> tuple[Any, ...]:
     """Ops cannot be sent, their names can."""
-    return made.wrong, {str(o): c for o, c in made.verdicts.items()}, {str(o): c for o, c in made.splits.items()}, made.seen
+    verdicts, splits = ({str(op): c for op, c in table.items()} for table in (made.verdicts, made.splits))
+    return made.wrong, verdicts, splits, made.seen
 
 
-def _merge(made: Tally, wrong: list[str], verdicts: dict[str, Counts], splits: dict[str, Counts], seen: set[str]) -> None:
+def _merge(
+    made: Tally, wrong: list[str], verdicts: dict[str, Counts], splits: dict[str, Counts], seen: set[str]
+) -> None:
     made.wrong += wrong
     made.seen |= seen
     for name in verdicts:
@@ -137,7 +140,9 @@ def family(op: Any) -> str:
 
 def table(made: Tally) -> str:
     """By family: what was asked, and how many of the true splits are claimed, here and by DTensor."""
-    rows = [("family", "ops", "questions", "wrong claims", "true splits", "claimed", "missed", "share", "DTensor claims")]
+    rows: list[tuple[Any, ...]] = [
+        ("family", "ops", "questions", "wrong claims", "true splits", "claimed", "missed", "share", "DTensor claims")
+    ]
     for name in sorted({*map(family, made.verdicts)}, key=lambda name: (name == "no rule", name)):
         rows.append(_row(name, made, [op for op in made.verdicts if family(op) == name]))
     rows.append(_row("with a rule", made, [op for op in made.verdicts if family(op) != "no rule"]))

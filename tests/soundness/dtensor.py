@@ -1,4 +1,4 @@
-"""The same question, asked of DTensor: are rows of the arguments on each of two ranks enough for rows of the results?"""
+"""The same question, asked of DTensor: are rows of the arguments on each of two ranks enough for those of results?"""
 
 from __future__ import annotations
 

@@ -65,4 +65,3 @@ def swaps(schedule: Schedule) -> Iterator[tuple[str, Schedule]]:
                 swap = {first: second, second: first}
                 steps = tuple(swap.get(s, s) for s in schedule.steps)
                 yield f"swapped: {first}, {second}", replace(schedule, steps=steps)
-

@@ -43,35 +43,54 @@ def test_claims_on_all_samples_of_every_op_are_true():
     assert made.wrong == []
 
 
-def report(made):
-    never = sorted(str(op) for op in RULES if op not in made.verdicts)
-    return f"""# What the rules claim, tried on PyTorch's own samples
+REPORT = """\
+# What the rules claim, tried on PyTorch's own samples
 
-`SOUNDNESS_OP_DB={NUM_SAMPLES} pytest tests/soundness/test_op_db.py` (`make soundness`: all) on {date.today()}, PyTorch {torch.__version__}, Python {platform.python_version()}, one CPU thread.
+`SOUNDNESS_OP_DB={num_samples} pytest tests/soundness/test_op_db.py`, on {today}, PyTorch {torch}, Python {python}.
+`make soundness` does it for all samples.
 
-For every op of PyTorch's `op_db`, {NUM_SAMPLES} sample inputs (float64, int64, bool), each call of an ATen op
-that it makes, and each choice of token dims and of sizes that count tokens: what the rule claims, against the op on parts of
-the tokens (uneven, about even, three), joined, against the op on all of them; on the sample as it is, shuffled, and shuffled and
-negated. {len(made.seen)} distinct calls. Verdicts: {kinds(made)}.
-Ops whose kernels crashed on parts, so that their samples are not in here: {', '.join(made.crashed) or 'none'}.
+For every op of PyTorch's `op_db`, {num_samples} sample inputs of each type (float64, int64, bool), each call of an ATen
+op that they make, and each choice of token dims and of sizes that count tokens: what the rule claims, against the op on
+parts of the tokens (uneven, about even, three), joined, against the op on all of them; on the sample as it is,
+shuffled, and shuffled and negated. Also two-rank collectives, and made-up calls for pointwise ops, reductions and views
+that no sample calls. {num_calls} distinct calls. Verdicts: {kinds}.
 
-`fails` are calls with a fixed size where tokens would be: a trace of them has no symbol to split. `local` claims say that rows
-are a microbatch's own: of floats, all rows must be there; of numbers of rows, nothing can be tried on one op, and
-`tests/soundness/test_routes.py` tries whole ways of them instead.
+Ops with a kernel that crashed on parts, whose samples are not in here: {crashed}.
+
+`fails` are calls with a fixed size where tokens would be: a trace of them has no symbol to split. `local` claims say
+that rows are a microbatch's own: of floats, all rows must be there; of numbers of rows, nothing can be tried on one op,
+and `tests/soundness/test_routes.py` tries whole ways of them instead.
 
 ## How many true splits are claimed
 
 A way to split a call is *true* if parts of its arguments give parts of its results. Not counted: variants in place and
-`*_copy`, which AOTAutograd leaves in no graph. Missed ones cost a barrier, never a wrong answer. The last column asks the
-sharding rules of DTensor about the same calls and dims on a mesh of two ranks: is some result sharded, none partial, with
-nothing redistributed? DTensor does not shard unevenly in views, which these samples ask for often; its share is no measure of
-its worth for what it is made for. Collectives are not asked there.
+`*_copy`, which AOTAutograd leaves in no graph. A missed one costs a barrier, never a wrong answer. The last column asks
+the sharding rules of DTensor about the same calls and dims on a mesh of two ranks: is some result sharded, none
+partial, with nothing redistributed? DTensor does not shard unevenly in views, which these samples ask for often: its
+share says nothing about what it is made for. It is not asked about collectives and made-up calls.
 
-{table(made)}
+{table}
 
 The ops with the most missed splits:
 
-{most_missed(made)}
+{most_missed}
 
-Rules that no call has asked ({len(never)}): {", ".join(f"`{name}`" for name in never)}.
+Rules that no call has asked ({num_never}): {never}.
 """
+
+
+def report(made):
+    never = sorted(str(op) for op in RULES if op not in made.verdicts)
+    return REPORT.format(
+        num_samples=NUM_SAMPLES,
+        today=date.today(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        num_calls=len(made.seen),
+        kinds=kinds(made),
+        crashed=", ".join(made.crashed) or "none",
+        table=table(made),
+        most_missed=most_missed(made),
+        num_never=len(never),
+        never=", ".join(f"`{name}`" for name in never),
+    )

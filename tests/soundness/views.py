@@ -74,7 +74,8 @@ def views(call: Call, most: int) -> Iterator[View]:
     leaves = call.leaves
     tensors = {i: a for i, a in enumerate(leaves) if isinstance(a, torch.Tensor)}
     numbers = _symbolic_numbers(call)
-    for n in sorted({s // k for a in tensors.values() for s in a.shape for k in (1, 2, 3) if s % k == 0 and s // k > 1}):
+    sizes = {s for a in tensors.values() for s in a.shape}
+    for n in sorted({s // k for s in sizes for k in range(1, MOST_ROWS + 1) if s % k == 0 and s // k > 1}):
         counted = {i: 0 for i in numbers if counts(leaves[i], n)}
         alone = [{i: 0} for i in numbers if {i: 0} != counted]
         for dims in islice(_token_dims(tensors, n, ranked=call.op in SIMULATED), most):
