@@ -77,7 +77,7 @@ def wrong_claims(name, op):
     return made.wrong
 
 
-@pytest.mark.parametrize(("family_of", "name", "op", "rule"), PLANTS, ids=str)
+@pytest.mark.parametrize(("family_of", "name", "op", "rule"), PLANTS, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_a_wrong_rule_is_found_and_the_right_one_is_not(monkeypatch, family_of, name, op, rule):
     assert family(op) == family_of
     assert wrong_claims(name, op) == []
