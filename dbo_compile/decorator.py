@@ -48,7 +48,7 @@ def dbo(target: Any = None, /, *, token_dims: Mapping[str, int], **options: Any)
         return functools.partial(dbo, token_dims=token_dims, **options)
     config = Config.from_options({**options, "token_dims": token_dims})
     if isinstance(target, type) and issubclass(target, nn.Module):
-        target.forward = Forward(target.forward, config)  # type: ignore[assignment]
+        target.forward = Forward(target.forward, config)
         return target
     if isinstance(target, nn.Module):
         target.forward = Steps(target.forward, config)
@@ -173,7 +173,7 @@ class Steps:
         num_tokens = self._num_tokens(inputs)
         tensors = [(inputs[name], dim) for name, dim in self._padding.token_dims.items()
                    if isinstance(inputs.get(name), torch.Tensor)]
-        first, dim = tensors[0]
+        first = tensors[0][0]
         elements = first.numel() // num_tokens if num_tokens else 0
         self._per_token = elements, is_decode(tensors)
         self._dtypes = " ".join(str(x.dtype) for x, _ in tensors)
@@ -184,7 +184,8 @@ class Steps:
         if not num_tokens:
             return Wish.idle(program, config)
         bucket = max(LEAST_ROWS, self.buckets.bucket(num_tokens))
-        return Wish(num_tokens, bucket, bucket * elements, self._config.split != "never", False, decode, program, config)
+        can_split = self._config.split != "never"
+        return Wish(num_tokens, bucket, bucket * elements, can_split, False, decode, program, config)
 
     def _wrong(self) -> Wish:
         return Wish.wrong(self._programs_hash, self._config.fingerprint)

@@ -19,8 +19,6 @@ from dbo_compile.passes.outline import Outline
 from dbo_compile.runtime.clock import Timeline, simulate
 from dbo_compile.runtime.engine import Engine
 from dbo_compile.runtime.tune import Decision, Size, decisions_text
-from dbo_compile.runtime.tune import Decision, Size, decisions_text
-
 
 SCHEMA_VERSION = 1
 
@@ -72,8 +70,8 @@ class Levels:
 class Report:
     """One compiled graph. `calls`, `calls_split` and `decline_counts` go on counting.
 
-    `why` is the reason that was known when it was compiled. `captured` is the graph as Dynamo made it. `reason` says why the graph as a whole is not split ("" if it is);
-    `decline_counts` why single calls were not.
+    `captured` is the graph as Dynamo made it. `reason` says why the graph as a whole is not split ("" if it is), `why`
+    as far as it was known when it was compiled; `decline_counts` says why single calls were not.
     """
 
     why: str = ""

@@ -54,6 +54,7 @@ ACCEPTED = [
     ("timeout_s", 3, 3.0),
 ]
 
+LEAST = "an integer of at least 1 or a mapping of 'decode' and 'prefill' to integers of at least 1"
 REFUSED = [
     ("num_microbatches", 0, "an integer from 1 to 8"),
     ("num_microbatches", 9, "an integer from 1 to 8"),
@@ -64,9 +65,9 @@ REFUSED = [
     ("split", "sometimes", "'auto' or 'always' or 'never'"),
     ("split", ["auto"], "'auto' or 'always' or 'never'"),
     ("split", True, "'auto' or 'always' or 'never'"),
-    ("min_tokens", 0, "an integer of at least 1 or a mapping of 'decode' and 'prefill' to integers of at least 1"),
-    ("min_tokens", {"decode": 32}, "an integer of at least 1 or a mapping of 'decode' and 'prefill' to integers of at least 1"),
-    ("min_tokens", {"decode": 0, "prefill": 9}, "an integer of at least 1 or a mapping of 'decode' and 'prefill' to integers of at least 1"),
+    ("min_tokens", 0, LEAST),
+    ("min_tokens", {"decode": 32}, LEAST),
+    ("min_tokens", {"decode": 0, "prefill": 9}, LEAST),
     ("graph_memory_gib", 0, "None or a number above 0"),
     ("token_dims", {"input_ids": "0"}, "None or a mapping from the names of inputs to their token dims"),
     ("token_dims", {"input_ids": False}, "None or a mapping from the names of inputs to their token dims"),
@@ -233,7 +234,8 @@ def test_the_fingerprint_covers_exactly_what_ranks_must_share():
     other = {
         "num_microbatches": 3, "split": "always", "min_tokens": 5, "token_dims": {"ids": 0}, "pad_to": (7,),
         "pad_values": {"ids": 1}, "dp_group": "7", "dp_sync": "device", "inner": "eager", "cuda_graph": True,
-        "graph_memory_gib": 0.5, "clone_outputs": False, "comm_sms": 9, "policy": "sequential", "gate": "never", "dump": "folder", "timeout_s": 11,
+        "graph_memory_gib": 0.5, "clone_outputs": False, "comm_sms": 9,
+        "policy": "sequential", "gate": "never", "dump": "folder", "timeout_s": 11,
     }  # fmt: skip
     assert list(other) == NAMES
     config = Config()

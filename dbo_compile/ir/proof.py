@@ -117,7 +117,7 @@ class _Contents:
     def _join(self, instr: Join) -> None:
         value, _ = self.holds[instr.srcs[0]]
         if [self.holds[reg] for reg in instr.srcs] != [(value, m) for m in range(len(instr.srcs))]:
-            raise InvalidProgram(f"does not join {value} of all microbatches (or the first of them), each once, in order")
+            raise InvalidProgram(f"does not join {value} of all microbatches (or the first ones), each once, in order")
         self.split.add(value)
         is_whole = len(instr.srcs) == self.program.num_microbatches
         self.holds[instr.out] = (value if is_whole else _up_to(value, len(instr.srcs) - 1), None)

@@ -14,7 +14,7 @@ from dbo_compile.errors import Disagreement, NotSplit, RankLost
 from dbo_compile.log import logger
 from dbo_compile.runtime.agree import Agreement
 from dbo_compile.runtime.force import InForce, step_in_force
-from dbo_compile.runtime.gate import Gate
+from dbo_compile.runtime.gate import Trial
 from dbo_compile.runtime.graphs import Player
 from dbo_compile.runtime.padding import Buckets, coarse, is_decode
 from dbo_compile.runtime.plan import NOT_SPLIT, BatchPlan, Limits, Wish, check_same
@@ -84,7 +84,6 @@ class Engine:
         self._config_fingerprint = config.fingerprint
         self._recompile = recompile
         self._refiner = Refiner(self.ways, agreement, replan)
-        self._gate = Gate(self.ways, agreement)
         self._is_gated = config.gate == "never"
         self._rows: dict[tuple[int, ...], tuple[int, ...] | NotSplit] = {}
         self._last: tuple[int, bool] | None = None
@@ -269,17 +268,18 @@ class Engine:
         If they do not, and something is taken on trust, programs that do not trust it get a second chance.
         """
         rows = turn.rows
-        with self._gate.trial(turn.num_rows, args) as trial:
-            fault = trial.fault(rows)
-            while fault and rows and (other := self._without_trust(fault)):
-                self.ways.programs, self._rows = other, {}
-                rows, _ = self._split(turn.plan, turn.num_rows, self.signature.others(args))
-                fault = trial.fault(rows) if rows else fault
-            self._is_gated = True
-            if fault:
-                self.refuted = f"splitting changed {fault}: some op mixes tokens, and its rule does not say so"
-                logger.warning("%s. The graph is not split any more; dbo_compile.explain shows its ops", self.refuted)
-            return trial.results
+        trial = Trial(self.ways, self.agreement, turn.num_rows, args)
+        fault = trial.fault(rows)
+        while fault and rows and (other := self._without_trust(fault)):
+            self.ways.programs, self._rows = other, {}
+            rows, _ = self._split(turn.plan, turn.num_rows, self.signature.others(args))
+            fault = trial.fault(rows) if rows else fault
+        trial.close()
+        self._is_gated = True
+        if fault:
+            self.refuted = f"splitting changed {fault}: some op mixes tokens, and its rule does not say so"
+            logger.warning("%s. The graph is not split any more; dbo_compile.explain shows its ops", self.refuted)
+        return trial.results
 
     def _without_trust(self, fault: str) -> Programs | None:
         trusts = self.ways.programs.trusts

@@ -7,8 +7,7 @@ plays whose padding differs.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,23 +29,11 @@ YARDSTICK_ROWS = 8
 """How many more rows of padding the yardstick has."""
 
 
-class Gate:
-    """Judges splitting by playing a step without it as well; ranks take part at the same place."""
-
-    def __init__(self, ways: Ways, agreement: Agreement) -> None:
-        self._ways = ways
-        self._agreement = agreement
-
-    @contextmanager
-    def trial(self, num_rows: int, args: Sequence[Any]) -> Generator[Trial]:
-        """Judge one step; afterwards everything is as the play left it whose results count."""
-        trial = Trial(self._ways, self._agreement, num_rows, args)
-        yield trial
-        trial.close()
-
-
 class Trial:
-    """A step that was played unsplit; `fault` plays it split, from the same state, as often as need be."""
+    """Judges one step: plays it unsplit, and then split from the same state, as often as `fault` is asked.
+
+    `close` leaves everything as the play left it whose results count. Ranks take part at the same place.
+    """
 
     def __init__(self, ways: Ways, agreement: Agreement, num_rows: int, args: Sequence[Any]) -> None:
         self._ways = ways
@@ -68,6 +55,7 @@ class Trial:
         return fault
 
     def close(self) -> None:
+        """Have what is written in place fit the results."""
         if self.results is self._want:
             self._after.restore()
 

@@ -191,5 +191,5 @@ def can_hold(dtype: torch.dtype, value: Number) -> bool:
 
 def is_decode(token_inputs: Iterable[tuple[torch.Tensor, int]]) -> bool:
     """Whether a step brings one token a sequence: `[batch, 1]` ids or positions. Flat tokens do not tell."""
-    ids = [(x, dim) for x, dim in token_inputs if x.ndim == 2 and not x.is_floating_point()]  # noqa: PLR2004
+    ids = [(x, dim) for x, dim in token_inputs if x.ndim == 2 and not x.is_floating_point()]
     return bool(ids) and all(x.shape[1 - dim % 2] == 1 for x, dim in ids)

@@ -12,7 +12,6 @@ from typing import Self
 
 from dbo_compile.errors import Disagreement
 
-
 NOT_SPLIT = "0" * 16
 """The program of a rank whose graph is not split. It fits every other: the whole graph is what all of them do."""
 

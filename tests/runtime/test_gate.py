@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dbo_compile.runtime.agree import Agreement
-from dbo_compile.runtime.gate import Difference, Gate, difference
+from dbo_compile.runtime.gate import Difference, Trial, difference
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.signature import Signature, TokenInput
 from dbo_compile.runtime.ways import Programs, Ways, Whole
@@ -77,8 +77,10 @@ def ways(split, *, written=(), unpaddable=""):
 
 def judged(split, *state, **options):
     found = ways(split, written=tuple(range(1, 1 + len(state))), **options)
-    with Gate(found, Agreement(None, timeout_s=1.0)).trial(7, [X, *state]) as trial:
-        return trial.fault((4, 3)), trial
+    trial = Trial(found, Agreement(None, timeout_s=1.0), 7, [X, *state])
+    fault = trial.fault((4, 3))
+    trial.close()
+    return fault, trial
 
 
 def right(_lanes, x, *state):
@@ -125,8 +127,9 @@ def test_a_result_that_lies_in_state_is_kept_apart():
 
     found = ways(unsplit, written=(1,))
     found.programs = Programs({1: unsplit, 2: unsplit}, Guards((), ()), "5" * 16)
-    with Gate(found, Agreement(None, timeout_s=1.0)).trial(7, [X, state := torch.zeros_like(X)]) as trial:
-        assert trial.fault((4, 3)) == ""
+    trial = Trial(found, Agreement(None, timeout_s=1.0), 7, [X, state := torch.zeros_like(X)])
+    assert trial.fault((4, 3)) == ""
+    trial.close()
     assert torch.equal(state, X)
 
 
@@ -135,5 +138,5 @@ def test_what_another_rank_found_counts_here():
         def share(self, values, *, patient=False):
             return [tuple(values), (1,)]
 
-    with Gate(ways(right), Two(None, timeout_s=1.0)).trial(7, [X]) as trial:
-        assert trial.fault((4, 3)) == "a result on another rank"
+    trial = Trial(ways(right), Two(None, timeout_s=1.0), 7, [X])
+    assert trial.fault((4, 3)) == "a result on another rank"

@@ -13,8 +13,8 @@ from dbo_compile.ir.tokens import Split
 from dbo_compile.rules.registry import rule
 from dbo_compile.runtime import lanes as lanes_module
 from dbo_compile.runtime.collectives import STARTERS, Pending, c10d, start
-from dbo_compile.runtime.ways import played
 from dbo_compile.runtime.lanes import RowLanes, WorkLanes
+from dbo_compile.runtime.ways import played
 
 
 def test_rows_are_counted_from_the_first_of_the_step():
@@ -220,7 +220,8 @@ def test_an_op_that_raises_leaves_no_collective_under_way_and_the_next_call_work
         return fragile(funcol.all_reduce(x @ x.new_ones(5, 5), "sum", dist.group.WORLD)).sin()
 
     monkeypatch.setattr("dbo_compile.runtime.ways.WorkLanes", Noted)
-    compiled = torch.compile(fn, backend="dbo", options={"split": "always", "inner": "eager", "gate": "never"}, fullgraph=True)
+    options = {"split": "always", "inner": "eager", "gate": "never"}
+    compiled = torch.compile(fn, backend="dbo", options=options, fullgraph=True)
     x = torch.randn(9, 5, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), fn(x))

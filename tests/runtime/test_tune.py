@@ -118,5 +118,5 @@ def test_decisions_of_another_version_of_pytorch_are_passed_over(tmp_path, no_fi
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"torch": "1", "graphs": {"1a": {"8": {}}}}'])
 def test_a_file_of_something_else_is_an_error(tmp_path, no_files, text):
     (tmp_path / "d.json").write_text(text)
-    with pytest.raises(ValueError, match="d.json has no decisions in it"):
+    with pytest.raises(ValueError, match=r"d.json has no decisions in it"):
         load_decisions(tmp_path / "d.json")

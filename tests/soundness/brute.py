@@ -65,7 +65,7 @@ class Trial:
         return Verdict(kind)
 
     def can_be_split(self, view: View) -> bool:
-        """Whether each result on parts of the tokens is rows of the result on all of them, or all of it; some is rows."""
+        """Whether each result on parts of the tokens is rows of that on all of them, or all of it; some is rows."""
         if any(name in str(self.call.op) for name in UNCHECKED):
             return False
         candidates: list[Places] | None = None

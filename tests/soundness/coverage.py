@@ -118,17 +118,23 @@ def _merge(
     made.wrong += wrong
     made.seen |= seen
     for name in verdicts:
-        namespace, op, overload = name.split(".")
-        target = getattr(getattr(getattr(torch.ops, namespace), op), overload)
+        target = _op(name)
         made.verdicts[target] += verdicts[name]
         made.splits[target] += splits.get(name, Counter())
+
+
+def _op(name: str) -> Any:
+    """The op of this name; the name itself for one that PyTorch registers when it is first called."""
+    namespace, op, overload = name.split(".")
+    packet = getattr(getattr(torch.ops, namespace), op, None)
+    return name if packet is None else getattr(packet, overload)
 
 
 def tally_of_our_own(made: Tally, depth: Depth) -> None:
     """Judge collectives, and made-up calls for each rule of an op that takes any sizes and was not asked."""
     for op, args in exchanges():
         made.add(Call(op, args, {}), depth)
-    for op in [op for op in RULES if op not in made.verdicts and family(op) in ("pointwise", "reduce", "view")]:
+    for op in [op for op in RULES if op not in made.verdicts and family(op) in ("pointwise", "reduce")]:
         for call in made_up(op):
             made.add(call, depth)
 
