@@ -32,6 +32,7 @@ from tests.ranks import RankFailed, Ranks
 pytestmark = pytest.mark.ranks
 NUM_TRIALS = int(os.environ.get("FAULT_TRIALS", "4"))
 NUM_RANKS, NUM_WORLDS = 4, 4
+IN_A_ROW = max(2, NUM_TRIALS // 5)
 TIMEOUT_S = 2.0
 LONG_TIMEOUT_S = 30.0
 """For faults that are heard of without waiting: a rank alone may have to compile."""
@@ -300,7 +301,7 @@ class Fault:
     num_good: tuple[int, ...] = (0, 1, 2, 3)
     ends: bool = False
     passing: bool = True
-    in_a_row: int = 4
+    in_a_row: int = IN_A_ROW
 
 
 class OutOfLuck(Exception):
@@ -509,18 +510,23 @@ def problems(trial: Trial, told: dict[int, Told]) -> Iterator[str]:
             yield f"rank {rank} heard {error!r}, not {want!r}"
         if rank != trial.victim and t.seconds > trial.timeout_s + 2.0:
             yield f"rank {rank} heard after {t.seconds:.1f} s"
-        if kind.passing and t.again is not None:
-            yield f"rank {rank} raised in the next step: {t.again}"
-        if not kind.passing and not str(t.again).startswith("RankLost: "):
-            yield f"rank {rank}, when it came again, heard {t.again!r}"
-        if not kind.passing and rank != trial.victim and t.seconds_again > 1.0:  # the victim may compile before that
-            yield f"rank {rank}, when it came again, heard after {t.seconds_again:.1f} s"
-        if rank != trial.victim and not kind.passing and t.again != error:
-            yield f"rank {rank} first heard {error!r}, then {t.again!r}"
-        if t.threads:
-            yield f"rank {rank} has threads left: {t.threads}"
-        if not t.is_right_after:
-            yield f"rank {rank} is wrong in eager"
+        yield from (f"rank {rank} {what}" for what in problems_after(t, kind, is_victim=rank == trial.victim))
+
+
+def problems_after(t: Told, kind: Fault, *, is_victim: bool) -> Iterator[str]:
+    if kind.passing and t.again is not None:
+        yield f"raised in the next step: {t.again}"
+    if not kind.passing and not str(t.again).startswith("RankLost: "):
+        yield f"heard {t.again!r} when it came again"
+    if not kind.passing and not is_victim:  # which may compile before it hears, and has its own words for the first
+        if t.again != t.error:
+            yield f"first heard {t.error!r}, then {t.again!r}"
+        if t.seconds_again > 1.0:
+            yield f"heard after {t.seconds_again:.1f} s when it came again"
+    if t.threads:
+        yield f"has threads left: {t.threads}"
+    if not t.is_right_after:
+        yield "is wrong in eager"
 
 
 # -- ranks that are lost before they have met, and with the store of all -----------------------------------------------
@@ -566,10 +572,11 @@ def survivors(worlds: Queue[World], fn: Callable[..., Any], num_steps: int, vict
 
 
 def test_a_rank_that_never_connects_is_waited_for_ten_times_as_long(worlds):
-    errors, seconds = zip(*survivors(worlds, heard, 0, 2, signal.SIGKILL, 0.4), strict=True)
-    assert errors == (errors[0],) * 3
-    assert re.match(r".*RankLost: rank 2 did not connect within \d+\.\d s", errors[0], re.DOTALL)
-    assert max(seconds) < 10 * 0.4 + 2.0 + 2.0  # compiling counts too
+    errors = [error for error, _ in survivors(worlds, heard, 0, 2, signal.SIGKILL, 0.3)]
+    assert errors == [errors[0]] * 3
+    found = re.match(r".*RankLost: rank 2 did not connect within (\d+\.\d) s", errors[0], re.DOTALL)
+    assert found, errors[0]
+    assert float(found[1]) < 10 * 0.3 + 2.0
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

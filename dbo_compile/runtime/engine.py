@@ -127,6 +127,7 @@ class Engine:
     def retune(self) -> None:
         """Time every size again; to be called on all ranks at the same place."""
         self.tuner.forget()
+        self._refiner.forget()
 
     def rows_of(self, num_tokens: int, *others: int) -> tuple[int, ...]:
         """How many tokens each microbatch of a step has; raises `NotSplit` with the reason if there is no way.

@@ -54,6 +54,11 @@ class Refiner:
             self.programs[size] = self._replan(costs)
         self._agreement.share([0], patient=True)
 
+    def forget(self) -> None:
+        self.programs.clear()
+        self.costs.clear()
+        self._taken.clear()
+
     def _agreed(self, taken: Sequence[Mapping[str, float]]) -> Costs:
         """The slowest rank counts for compute. For a collective the fastest: the others waited for it."""
         codes = sorted(taken[0])

@@ -334,6 +334,24 @@ def test_a_slow_rank_is_waited_for(simulated):
     assert simulated(2, play)[0] == [(19, 20)] * 2
 
 
+def test_a_rank_that_comes_while_the_roll_is_called_is_in_time(simulated):
+    def play(rank, agreement):
+        time.sleep(1.1 * (rank == 1))
+        return agreement.agree(wish(19 + rank), LIMITS).num_tokens
+
+    assert simulated(3, play, timeout_s=0.6)[0] == [(19, 20, 21)] * 3
+
+
+def test_a_rank_that_compiles_is_waited_for_by_the_patient(simulated):
+    def play(rank, agreement):
+        if rank == 1:
+            with agreement.busy():
+                time.sleep(3.1)
+        return agreement.agree(wish(19 + rank), LIMITS, patient=True).num_tokens
+
+    assert simulated(3, play, timeout_s=0.6)[0] == [(19, 20, 21)] * 3
+
+
 def test_different_programs_are_the_same_error_on_every_rank(simulated):
     step = [wish(37), wish(19, program=OTHER), wish(23)]
     errors, _ = simulated(3, lambda rank, agreement: agreement.agree(step[rank], LIMITS))
