@@ -36,7 +36,7 @@ serve-demo: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu" --durations=10 $(PYTEST_ARGS)
 
-# Takes most of an hour; writes docs/results/soundness.md.
+# Takes an hour or more; writes docs/results/soundness.md.
 soundness: export SOUNDNESS_OP_DB := all
 soundness: export SOUNDNESS_EXAMPLES := 1000
 soundness: export SOUNDNESS_ROUTES := 20000

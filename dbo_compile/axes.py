@@ -6,7 +6,7 @@ plain integer in `token_dims` says `Tokens(dim)`; everything else is said with t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,6 +65,19 @@ Axis = Tokens | Requests | CuSeqlens | SeqLens | MaxSeqlen | Shared | Custom
 def axis_of(value: int | Axis) -> Axis:
     """A value of `token_dims`, an integer among them, as an axis."""
     return Tokens(value) if isinstance(value, int) else value
+
+
+def is_axis(value: Any) -> bool:
+    """Whether a value may stand in `token_dims`; a class of axes, which somebody forgot to call, may not."""
+    if isinstance(value, bool | type):
+        return False
+    return isinstance(value, int | Tokens | Requests | CuSeqlens | SeqLens | MaxSeqlen | Shared) or callable(value)
+
+
+def dims_of_tokens(values: Mapping[str, int | Axis]) -> dict[str, int]:
+    """The inputs among `token_dims` that carry tokens, and their token dims."""
+    axes = {name: axis_of(value) for name, value in values.items()}
+    return {name: axis.dim for name, axis in axes.items() if isinstance(axis, Tokens)}
 
 
 def request_dim(axis: Axis) -> int | None:

@@ -12,6 +12,7 @@ from torch import fx
 
 from dbo_compile import compat
 from dbo_compile import graph as g
+from dbo_compile.axes import Axis, Tokens, axis_of, dims_of_tokens, request_dim
 from dbo_compile.errors import NotSplit
 from dbo_compile.rules.collectives import CommOp, comm_op
 
@@ -26,6 +27,17 @@ class TokenTensor:
     placeholder: fx.Node
     tensor: torch.Tensor
     dim: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTensor:
+    """An argument that `token_dims` says something of which is not rows of tokens."""
+
+    index: int
+    placeholder: fx.Node
+    tensor: torch.Tensor
+    axis: Axis
     name: str
 
 
@@ -56,7 +68,7 @@ def _overloads(target: Any) -> Iterator[Any]:
 
 
 def token_tensors(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], token_dims: Mapping[str, int] | None
+    gm: fx.GraphModule, example_inputs: Sequence[Any], token_dims: Mapping[str, int | Axis] | None
 ) -> list[TokenTensor]:
     """The arguments that carry tokens: those that `token_dims` names; if it names none of this graph's, every tensor
     that is no weight and whose dim 0 is as long as the first one's. Raises `NotSplit` if there are none.
@@ -68,7 +80,8 @@ def token_tensors(
         for i, (node, x) in enumerate(zip(g.inputs(gm.graph), example_inputs, strict=True))
         if isinstance(x, torch.Tensor) and x.ndim and not compat.is_parameter(node, x)
     ]
-    dims = token_dims or {}
+    dims, known = dims_of_tokens(token_dims or {}), token_dims or {}
+    found = [t for t in found if t.name in dims or t.name not in known]
     named = [replace(t, dim=_checked_dim(t, dims[t.name])) for t in found if t.name in dims]
     if named:
         if len({t.tensor.shape[t.dim] for t in named}) > 1:
@@ -78,6 +91,18 @@ def token_tensors(
     if not found:
         raise NotSplit("none of its inputs is a tensor that could carry tokens")
     return [t for t in found if t.tensor.shape[0] == found[0].tensor.shape[0]]
+
+
+def request_tensors(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], token_dims: Mapping[str, int | Axis] | None
+) -> list[RequestTensor]:
+    """The arguments that `token_dims` says to tell of requests, or to be the same for all microbatches."""
+    axes = {name: axis_of(value) for name, value in (token_dims or {}).items()}
+    return [
+        RequestTensor(i, node, x, axes[name], name)
+        for i, (node, x) in enumerate(zip(g.inputs(gm.graph), example_inputs, strict=True))
+        if isinstance(x, torch.Tensor) and not isinstance(axes.get(name := _short_name(node), Tokens(0)), Tokens)
+    ]
 
 
 def _checked_dim(t: TokenTensor, dim: int) -> int:
@@ -92,9 +117,17 @@ def _short_name(placeholder: fx.Node) -> str:
     return str(names[-1]) if names else placeholder.name
 
 
-def make_symbolic(tokens: Sequence[TokenTensor]) -> None:
-    """Return if every token dim is a symbol of this trace; else have Dynamo trace again, once, or raise `NotSplit`."""
+def make_symbolic(tokens: Sequence[TokenTensor], requests: Sequence[RequestTensor] = ()) -> None:
+    """Return if every token dim is a symbol of this trace; else have Dynamo trace again, once, or raise `NotSplit`.
+
+    Dims that count requests are made symbols of their own in the same way, where they can be.
+    """
     fixed = [t for t in tokens if not compat.is_dynamic(t.placeholder, t.dim)]
+    counted = [(r.tensor, d) for r in requests if (d := _counts_requests(r)) is not None and r.tensor.shape[d] > 1]
+    if any([compat.ask_for_dynamic(tensor, dim) for tensor, dim in counted]):
+        for t in tokens:
+            compat.ask_for_dynamic(t.tensor, t.dim)
+        compat.trace_again("dbo: the number of requests becomes a symbol")
     if not fixed:
         return
     if all(t.tensor.shape[t.dim] == 1 for t in fixed):
@@ -103,3 +136,9 @@ def make_symbolic(tokens: Sequence[TokenTensor]) -> None:
         compat.trace_again("dbo: the token dim becomes a symbol")
     names = ", ".join(f"{t.name} (dim {t.dim})" for t in fixed)
     raise NotSplit(f"{SPECIALISED}, in {names}")
+
+
+def _counts_requests(r: RequestTensor) -> int | None:
+    """The dim of an argument that counts requests; None if it has none (that it should is said when it is read)."""
+    dim = request_dim(r.axis)
+    return dim % r.tensor.ndim if dim is not None and -r.tensor.ndim <= dim < r.tensor.ndim else None

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
-V = TypeVar("V", bound=float)
+from dbo_compile.axes import Axis, is_axis
+
+V = TypeVar("V", bound=float | Axis)
 Conversion = Callable[[Any], Any]
 
 
@@ -36,7 +38,16 @@ class NamedValues(Mapping[str, V]):
         return hash(tuple(self._values.items()))
 
     def __repr__(self) -> str:
-        return repr(self._values)
+        """The same in every process: functions by their names."""
+        return repr({name: _Named(v) if callable(v) else v for name, v in self._values.items()})
+
+
+class _Named:
+    def __init__(self, function: Any) -> None:
+        self.name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +172,11 @@ class Config:
         "A step is split only if every rank has at least this many tokens; a mapping of 'decode' and 'prefill' has a "
         "number for each.",
     )
-    token_dims: Mapping[str, int] | None = _option(
+    token_dims: Mapping[str, int | Axis] | None = _option(
         None,
-        _either(_NONE, _named("their token dims", _is_integer)),
-        "The inputs that carry tokens, and their token dims. None: every input that is no parameter and whose dim 0 is "
-        "as long as that of the first one.",
+        _either(_NONE, _named("their token dims", is_axis)),
+        "The inputs that carry tokens, and their token dims; what others tell of requests, as `CuSeqlens()` and its "
+        "like. None: every input that is no parameter and whose dim 0 is as long as that of the first one.",
     )
     pad_to: tuple[int, ...] | Literal["auto"] | None = _option(
         None,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Literal
 
 import sympy
+import torch
 from torch import fx
 
 from dbo_compile import graph as g
@@ -34,10 +36,17 @@ def placement_of(axis: Axis) -> Given:
     return Given("" if request_dim(axis) is None else REQUESTS)
 
 
-def fixed_sizes(graph: fx.Graph, given: Collection[fx.Node]) -> dict[int, tuple[int | None, ...]]:
-    """The sizes of each of `given`, by position among the inputs, that are no symbols: code is made for them."""
+def fixed_sizes(
+    graph: fx.Graph, given: Collection[fx.Node], symbols: Collection[sympy.Symbol] = ()
+) -> dict[int, tuple[int | Literal["rows"] | None, ...]]:
+    """The sizes of each of `given`, by position among the inputs, that code is made for; None for those that are
+    symbols of their own, "rows" for those that were found to be the number of tokens (`symbols`), as in decode."""
     inputs = {i: g.value(n) for i, n in enumerate(g.inputs(graph)) if n in given}
-    return {i: tuple(s if isinstance(s, int) else None for s in val.shape) for i, val in inputs.items()}
+    return {i: tuple(_fixed(s, symbols) for s in val.shape) for i, val in inputs.items()}
+
+
+def _fixed(size: int | torch.SymInt, symbols: Collection[sympy.Symbol]) -> int | Literal["rows"] | None:
+    return size if isinstance(size, int) else "rows" if g.expression(size) in symbols else None
 
 
 def number_sources(
@@ -46,4 +55,7 @@ def number_sources(
     """For each of `numbers`, by position among the inputs, which `given` tensor has it as a size, and in which dim."""
     position = {n: i for i, n in enumerate(g.inputs(graph))}
     sizes = {g.expression(size): (position[n], d) for n in given for d, size in enumerate(g.value(n).shape)}
+    for n in numbers:
+        if g.expression(g.value(n)) not in sizes:
+            raise NotSplit(f"{n.name} says how an input that tells of requests lies in memory: make it contiguous")
     return {position[n]: sizes[g.expression(g.value(n))] for n in numbers}

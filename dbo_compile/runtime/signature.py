@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 import torch
 
+from dbo_compile.runtime.given import RequestInputs
 from dbo_compile.runtime.padding import check_value, pad, unpad_outputs
 
 
@@ -31,7 +32,8 @@ class Signature:
     written in place. `output_dims` has the token dim of each result, None for one that has none.
 
     `unpaddable` says why rows of padding could change the other rows ("": they cannot). `same_size` says that ranks
-    must all have as many rows, because what they exchange is as long.
+    must all have as many rows, because what they exchange is as long. `requests` are the arguments that tell of
+    requests, None if there are none; with `whole_requests` none of these may have tokens in two microbatches.
     """
 
     token_inputs: tuple[TokenInput, ...]
@@ -42,6 +44,8 @@ class Signature:
     unpaddable: str = ""
     same_size: bool = False
     draws_random_numbers: bool = False
+    requests: RequestInputs | None = None
+    whole_requests: bool = False
 
     def sizes(self, args: Sequence[Any]) -> list[int]:
         """The number of tokens, as each token input has it."""

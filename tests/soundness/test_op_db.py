@@ -52,8 +52,8 @@ REPORT = """\
 For every op of PyTorch's `op_db`, {num_samples} sample inputs of each type (float64, int64, bool), each call of an ATen
 op that they make, and each choice of token dims and of sizes that count tokens: what the rule claims, against the op on
 parts of the tokens (uneven, about even, three), joined, against the op on all of them; on the sample as it is,
-shuffled, and shuffled and negated. Also two-rank collectives, and made-up calls for pointwise ops and reductions that no
-sample calls. {num_calls} distinct calls. Verdicts: {kinds}.
+shuffled, and shuffled and negated. Also two-rank collectives, and made-up calls for pointwise ops and reductions that
+no sample calls. {num_calls} distinct calls. Verdicts: {kinds}.
 
 Ops with a kernel that crashed on parts, whose samples are not in here: {crashed}.
 
