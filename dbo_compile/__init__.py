@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dbo_compile.axes import CuSeqlens, MaxSeqlen, Requests, SeqLens, Shared, Tokens
     from dbo_compile.config import Config
     from dbo_compile.debugging import debug
     from dbo_compile.decorator import dbo
@@ -17,18 +18,26 @@ if TYPE_CHECKING:
     from dbo_compile.report import Report, reports, save_decisions
     from dbo_compile.rules.collectives import register_comm_op
     from dbo_compile.rules.registry import rule as register_rule
+    from dbo_compile.rules.requests import register_attention_op
     from dbo_compile.runtime.tune import load_decisions
 
 # Loaded when first asked for: TORCH_LOGS="+dbo_compile" imports this package while torch is half loaded.
 _HOMES = {
     "Config": ("config", "Config"),
+    "CuSeqlens": ("axes", "CuSeqlens"),
     "Explanation": ("explanation", "Explanation"),
+    "MaxSeqlen": ("axes", "MaxSeqlen"),
     "Report": ("report", "Report"),
+    "Requests": ("axes", "Requests"),
+    "SeqLens": ("axes", "SeqLens"),
+    "Shared": ("axes", "Shared"),
+    "Tokens": ("axes", "Tokens"),
     "Verification": ("explanation", "Verification"),
     "dbo": ("decorator", "dbo"),
     "debug": ("debugging", "debug"),
     "explain": ("explanation", "explain"),
     "load_decisions": ("runtime.tune", "load_decisions"),
+    "register_attention_op": ("rules.requests", "register_attention_op"),
     "register_comm_op": ("rules.collectives", "register_comm_op"),
     "register_rule": ("rules.registry", "rule"),
     "reports": ("report", "reports"),
@@ -38,13 +47,20 @@ _HOMES = {
 
 __all__ = [
     "Config",
+    "CuSeqlens",
     "Explanation",
+    "MaxSeqlen",
     "Report",
+    "Requests",
+    "SeqLens",
+    "Shared",
+    "Tokens",
     "Verification",
     "dbo",
     "debug",
     "explain",
     "load_decisions",
+    "register_attention_op",
     "register_comm_op",
     "register_rule",
     "reports",

@@ -80,6 +80,12 @@ def dims_of_tokens(values: Mapping[str, int | Axis]) -> dict[str, int]:
     return {name: axis.dim for name, axis in axes.items() if isinstance(axis, Tokens)}
 
 
+def request_axes(values: Mapping[str, int | Axis]) -> dict[str, Axis]:
+    """The inputs among `token_dims` that are anything else than rows of tokens."""
+    axes = {name: axis_of(value) for name, value in values.items()}
+    return {name: axis for name, axis in axes.items() if not isinstance(axis, Tokens)}
+
+
 def request_dim(axis: Axis) -> int | None:
     """The dim of an input whose size counts requests, None if there is none: it must be a symbol of the trace."""
     match axis:

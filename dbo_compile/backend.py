@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -13,17 +13,18 @@ from torch import fx
 
 from dbo_compile import capture, compat
 from dbo_compile import graph as g
+from dbo_compile.arguments import Traced, as_traced, signature_of
 from dbo_compile.config import Config
 from dbo_compile.dump import publish
-from dbo_compile.errors import NotSplit
+from dbo_compile.errors import InvalidSchedule, NotSplit
 from dbo_compile.ir.program import Program, Run
 from dbo_compile.ir.proof import verify_program
 from dbo_compile.ir.schedule import Schedule, Segment, Step
-from dbo_compile.ir.tokens import TOKENS, Shared, Split, TokenMap
+from dbo_compile.ir.tokens import TOKENS, TokenMap
 from dbo_compile.ir.verify import verify_schedule
 from dbo_compile.log import logger, setup_from_environment
 from dbo_compile.passes import inner
-from dbo_compile.passes.analyze import analyze, draws_random_numbers
+from dbo_compile.passes.analyze import analyze
 from dbo_compile.passes.capturable import why_not_captured
 from dbo_compile.passes.cost import CostModel
 from dbo_compile.passes.cut import Kind, cut, unsplit_writes
@@ -34,7 +35,7 @@ from dbo_compile.passes.outline import Outline, outline
 from dbo_compile.passes.partial import join_costly
 from dbo_compile.passes.sync import sync
 from dbo_compile.report import Levels, Report
-from dbo_compile.rules.collectives import comm_op, sms_setters
+from dbo_compile.rules.collectives import sms_setters
 from dbo_compile.runtime import graphs
 from dbo_compile.runtime.agree import CPU, Agreement, agreement_over, check_covers
 from dbo_compile.runtime.clock import simulate
@@ -42,7 +43,6 @@ from dbo_compile.runtime.engine import Engine, Follower
 from dbo_compile.runtime.graphs import Player
 from dbo_compile.runtime.player import player_for
 from dbo_compile.runtime.rows import Guards
-from dbo_compile.runtime.signature import Signature, TokenInput
 from dbo_compile.runtime.tune import Costs
 from dbo_compile.runtime.ways import Programs, Whole
 
@@ -111,12 +111,13 @@ def _split(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, groups: Sequence[str]
 ) -> Callable[..., Any]:
     tokens = capture.token_tensors(gm, example_inputs, config.token_dims)
-    capture.make_symbolic(tokens)
+    requests = capture.request_tensors(gm, example_inputs, config.token_dims)
+    capture.make_symbolic(tokens, requests)
     agreement = _agreement(groups, config, tokens[0].tensor.device)
 
     def compile_aten(aten_gm: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
         with agreement.busy():
-            return compile_graph(aten_gm, tokens, config, agreement)
+            return compile_graph(aten_gm, tokens, config, agreement, requests)
 
     try:
         return compat.to_aten(gm, example_inputs, compile_aten)
@@ -127,18 +128,12 @@ def _split(
         raise
 
 
-@dataclass(frozen=True, slots=True)
-class _Traced:
-    """An ATen graph as captured: which inputs carry tokens, and in which dim, and which symbols count them."""
-
-    gm: fx.GraphModule
-    token_dims: Mapping[fx.Node, int]
-    symbols: tuple[sympy.Symbol, ...]
-    hints: Mapping[sympy.Symbol, int]
-
-
 def compile_graph(
-    gm: fx.GraphModule, tokens: Sequence[capture.TokenTensor], config: Config, agreement: Agreement
+    gm: fx.GraphModule,
+    tokens: Sequence[capture.TokenTensor],
+    config: Config,
+    agreement: Agreement,
+    requests: Sequence[capture.RequestTensor] = (),
 ) -> Engine:
     """Every level of an ATen graph, top to bottom, and at the end the engine that plays it."""
     whole = fx.GraphModule(gm, copy.copy(gm.graph))
@@ -146,11 +141,12 @@ def compile_graph(
     compat.reinplace(gm)
     inputs = g.inputs(gm.graph)
     position = compat.argument_positions(inputs)
-    traced = _traced(gm, {inputs[position[t.index]]: t.dim for t in tokens})
-    levels, programs = build(traced, config, whole={})
+    axes = {r.name: (inputs[position[r.index]], r.axis) for r in requests if r.index in position}
+    graph = as_traced(gm, {inputs[position[t.index]]: t.dim for t in tokens}, axes)
+    levels, programs = build(graph, config, whole={})
 
     def compile_whole() -> tuple[Callable[..., Any], Guards]:
-        compiled = inner.compile_whole(whole, traced.symbols, traced.hints)
+        compiled = inner.compile_whole(whole, graph.symbols, graph.hints)
         return compiled.fn, Guards(compiled.guards, programs.guards.symbols)
 
     def recompile() -> Programs | None:
@@ -158,7 +154,11 @@ def compile_graph(
         assert report.levels is not None
         if not (trusted := report.levels.tokens.obligations):
             return None
-        report.levels, made = build(traced, config, whole=dict.fromkeys(trusted, REFUTED))
+        try:
+            report.levels, made = build(graph, config, whole=dict.fromkeys(trusted, REFUTED))
+        except (NotSplit, InvalidSchedule) as why:
+            logger.info("no program takes nothing on trust: %s", why)
+            return None
         return made
 
     def replan(costs: Costs) -> Programs | None:
@@ -169,7 +169,7 @@ def compile_graph(
     engine = Engine(
         programs,
         Whole(whole.forward, compile_whole if config.inner == "inductor" else None),
-        signature_of(gm.graph, levels.tokens, [(position[t.index], t.dim, t.name) for t in tokens], traced, config),
+        signature_of(gm.graph, levels.tokens, [(position[t.index], t.dim, t.name) for t in tokens], graph, config),
         agreement,
         config,
         recompile,
@@ -184,25 +184,10 @@ def compile_graph(
 REFUTED = "the equality gate found that rows do not come back to their own tokens here, or not only here"
 
 
-def _traced(gm: fx.GraphModule, token_dims: Mapping[fx.Node, int]) -> _Traced:
-    symbols = tuple(dict.fromkeys(g.expression(g.value(n).shape[d]) for n, d in token_dims.items()))
-    if not all(symbol.is_Symbol for symbol in symbols):
-        raise NotSplit(capture.SPECIALISED)
-    for node, dim in token_dims.items():
-        others = [s for d, s in enumerate(g.value(node).shape) if d != dim]
-        if any(g.expression(s).has(*symbols) for s in others):
-            raise NotSplit(f"{node.name} has another dim whose size is traced as the number of tokens: call it first "
-                           "with a number of tokens that is no other size of the model")
-    numbers = [g.value(n) for n in g.inputs(gm.graph) if g.is_symbolic_number(n)]
-    hints = {g.expression(number): int(number.node.hint) for number in numbers}
-    num_tokens = max(hints.pop(s) for s in symbols)
-    return _Traced(gm, token_dims, symbols, {TOKENS: num_tokens, **hints})
-
-
-def build(traced: _Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> tuple[Levels, Programs]:
+def build(traced: Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> tuple[Levels, Programs]:
     """The passes, one level after the other; `whole` holds ops that are to be barriers, with the reason."""
     gm, symbols, n = traced.gm, traced.symbols, config.num_microbatches
-    placed = analyze(gm.graph, traced.token_dims, symbols, whole)
+    placed = analyze(gm.graph, traced.token_dims, symbols, whole, traced.given)
     segments = outline(gm, cut(gm.graph, placed), placed, symbols)
     model = CostModel(gm.graph)
     costs = {name: model.seconds(segments.groups[name]) for name in segments.codes}
@@ -213,8 +198,13 @@ def build(traced: _Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> t
     schedules = {m: make_schedule(segments, placed, cost, m, config.policy) for m in (1, n)}
     programs = {m: make_program(segments, schedule) for m, schedule in schedules.items()}
 
-    # The tokens of one microbatch, and never 0 or 1, on which a compiler would specialise.
-    hints = {**traced.hints, TOKENS: max(2, traced.hints[TOKENS] // n)}
+    apart = make_apart(segments, placed, cost, programs[n], config.policy)
+
+    # The tokens of one microbatch, and never 0 or 1, on which a compiler would specialise. Numbers of requests have no
+    # hint: a microbatch may have one, or none.
+    own = {g.expression(g.value(node)) for node in traced.own}
+    known = {symbol: hint for symbol, hint in traced.hints.items() if symbol not in own}
+    hints = {**known, TOKENS: max(2, known[TOKENS] // n)}
     compiled = inner.compile_codes(segments.codes, hints, inner=config.inner)
     fns = {name: c.fn for name, c in compiled.items()}
     modules = {m: emit(p, fns, segments.outputs) for m, p in programs.items()}
@@ -229,6 +219,7 @@ def build(traced: _Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> t
         codes={name: s.code for name, s in segments.segments.items()},
         comm_codes=tuple(name for name, code in segments.codes.items() if code.kind is Kind.COMM),
         fns=fns,
+        apart={n: emit(apart, fns, segments.outputs)} if apart else {},
     )
 
 
@@ -250,55 +241,12 @@ def refined(levels: Levels, programs: Programs, costs: Costs) -> Programs | None
     program = make(parts)
     if str(program) == str(levels.program):
         return None
-    return replace(programs, modules={**programs.modules, n: emit(program, programs.fns, segments.outputs)})
-
-
-def signature_of(
-    graph: fx.Graph, placed: TokenMap, tokens: Sequence[tuple[int, int, str]], traced: _Traced, config: Config
-) -> Signature:
-    """What the engine knows of arguments and results; `tokens` has position, token dim and name of token inputs."""
-    inputs = list(g.inputs(graph))
-    written = dict.fromkeys(g.base(n) for m in g.body(graph) for n in g.written(m))
-    symbol_inputs = g.symbol_inputs(graph)
-    return Signature(
-        token_inputs=tuple(TokenInput(*t, config.pad_values.get(t[2], 0)) for t in tokens),
-        token_numbers=tuple(i for s, i in symbol_inputs.items() if s in traced.symbols),
-        symbol_inputs={s: i for s, i in symbol_inputs.items() if s not in traced.symbols},
-        written=tuple(i for i, n in enumerate(inputs) if n in written),
-        output_dims=tuple(_token_dim(n, placed) for n in g.results(graph)),
-        unpaddable=_why_not_padded(graph, placed, traced.symbols, has_values=bool(config.pad_values)),
-        same_size=any(g.symbols_of(v) & {*traced.symbols} for n in g.body(graph) for v in _sent(n)),
-        draws_random_numbers=any(map(draws_random_numbers, g.body(graph))),
+    apart = make_apart(replace(segments, segments=parts), levels.tokens, cost, program, "list")
+    return replace(
+        programs,
+        modules={**programs.modules, n: emit(program, programs.fns, segments.outputs)},
+        apart={n: emit(apart, programs.fns, segments.outputs)} if apart else {},
     )
-
-
-def _token_dim(result: Any, placed: TokenMap) -> int | None:
-    place = placed.places[result] if isinstance(result, fx.Node) else None
-    return place.dim if isinstance(place, Split) else None
-
-
-def _why_not_padded(
-    graph: fx.Graph, placed: TokenMap, symbols: Sequence[sympy.Symbol], *, has_values: bool
-) -> str:
-    """Why rows of padding could change what is computed of the others; "" if they cannot."""
-    for node, why in placed.barriers.items():
-        return f"{node.name} ({g.source_line(node)}) sees all tokens at once: {why}"
-    for node in g.results(graph):
-        if isinstance(node, fx.Node) and g.is_symbolic_number(node) and g.symbols_of(g.value(node)) & {*symbols}:
-            return "it returns the number of tokens"
-    for node in g.body(graph):
-        shared = [n for n in g.written(node) if isinstance(placed.places[n], Shared)]
-        if shared and not isinstance(placed.places[node], Shared) and not has_values:
-            return (f"{node.name} ({g.source_line(node)}) writes a buffer of all tokens; give pad_values that have it "
-                    "write where nobody reads")
-    return ""
-
-
-def _sent(node: fx.Node) -> list[Any]:
-    """What a collective sends and receives; nothing for other ops."""
-    if comm_op(node.target) is None:
-        return []
-    return [v for v in map(g.value, (node, *node.all_input_nodes)) if isinstance(v, torch.Tensor)]
 
 
 def _player(
@@ -329,21 +277,42 @@ def _refuse_sizes_from_data(graph: fx.Graph) -> None:
 
 
 def make_schedule(
-    segments: Outline, placed: TokenMap, cost: Callable[[Step], float], num_microbatches: int, policy: str
+    segments: Outline,
+    placed: TokenMap,
+    cost: Callable[[Step], float],
+    num_microbatches: int,
+    policy: str,
+    *,
+    straddles: bool = True,
 ) -> Schedule:
-    threaded = frozenset(name for name, group in segments.groups.items() if unsplit_writes(group, placed))
+    groups = segments.groups.items()
+    threaded = frozenset(name for name, group in groups if unsplit_writes(group, placed, straddles=straddles))
     schedule = order(segments.segments, num_microbatches, policy, cost=cost, threaded=threaded)
     verify_schedule(schedule)
     return schedule
 
 
-def make_program(segments: Outline, schedule: Schedule) -> Program:
+def make_program(segments: Outline, schedule: Schedule, *, straddles: bool = True) -> Program:
     """Lower, synchronise and prove."""
     results = [name for name in segments.outputs if isinstance(name, str)]
     instrs = lower(schedule, segments.places, segments.inputs, results)
-    program = Program(sync(instrs, segments.segments), segments.segments, schedule.num_microbatches)
+    program = Program(sync(instrs, segments.segments), segments.segments, schedule.num_microbatches, straddles)
     verify_program(program)
     return program
+
+
+def make_apart(
+    segments: Outline, placed: TokenMap, cost: Callable[[Step], float], program: Program, policy: str
+) -> Program | None:
+    """What plays steps in which no request has tokens in two microbatches; None if `program` does that as well.
+
+    It communicates in the same order: on another rank a request may have tokens in both.
+    """
+    if not placed.paged:
+        return None
+    schedule = make_schedule(segments, placed, cost, program.num_microbatches, policy, straddles=False)
+    made = make_program(segments, schedule, straddles=False)
+    return made if made.fingerprint == program.fingerprint and str(made) != str(program) else None
 
 
 def _graph_guards(graph: fx.Graph, symbols: Sequence[sympy.Symbol]) -> list[sympy.Expr]:

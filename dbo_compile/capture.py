@@ -12,7 +12,7 @@ from torch import fx
 
 from dbo_compile import compat
 from dbo_compile import graph as g
-from dbo_compile.axes import Axis, Tokens, axis_of, dims_of_tokens, request_dim
+from dbo_compile.axes import Axis, dims_of_tokens, request_axes, request_dim
 from dbo_compile.errors import NotSplit
 from dbo_compile.rules.collectives import CommOp, comm_op
 
@@ -97,11 +97,11 @@ def request_tensors(
     gm: fx.GraphModule, example_inputs: Sequence[Any], token_dims: Mapping[str, int | Axis] | None
 ) -> list[RequestTensor]:
     """The arguments that `token_dims` says to tell of requests, or to be the same for all microbatches."""
-    axes = {name: axis_of(value) for name, value in (token_dims or {}).items()}
+    axes = request_axes(token_dims or {})
     return [
         RequestTensor(i, node, x, axes[name], name)
         for i, (node, x) in enumerate(zip(g.inputs(gm.graph), example_inputs, strict=True))
-        if isinstance(x, torch.Tensor) and not isinstance(axes.get(name := _short_name(node), Tokens(0)), Tokens)
+        if isinstance(x, torch.Tensor) and (name := _short_name(node)) in axes
     ]
 
 

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -15,11 +16,14 @@ import torch.distributed as dist
 from torch import nn
 
 from dbo_compile import backend, compat
+from dbo_compile.axes import Axis, dims_of_tokens, request_axes
 from dbo_compile.config import Config, nearest
 from dbo_compile.errors import Disagreement, RankLost
 from dbo_compile.runtime.agree import Agreement, agreement_over
 from dbo_compile.runtime.engine import limits_of
 from dbo_compile.runtime.force import InForce, in_force
+from dbo_compile.runtime.members import closed, opened, without_requests
+from dbo_compile.runtime.metadata import read_requests
 from dbo_compile.runtime.padding import Buckets, Padding, is_decode, unpad, unpad_tree, view_dim
 from dbo_compile.runtime.plan import BatchPlan, Wish
 
@@ -27,13 +31,14 @@ LEAST_ROWS = 2
 """A step is padded to no fewer tokens: Dynamo makes a graph of its own for one."""
 
 
-def dbo(target: Any = None, /, *, token_dims: Mapping[str, int], **options: Any) -> Any:
+def dbo(target: Any = None, /, *, token_dims: Mapping[str, int | Axis], **options: Any) -> Any:
     """Compile a Module class, a Module, a `forward` method or a function with the backend `dbo`.
 
-    `token_dims` names the arguments that carry tokens, and their token dims; `options` are the other fields of
-    `Config`. Before each call the ranks of `dp_group` (default: all ranks) agree on the step, so every rank has to
-    call, whatever it has: a rank with nothing to do calls `idle_step`, or brings inputs of no tokens. Then the token
-    arguments are padded to the largest rank and its bucket, and the results un-padded.
+    `token_dims` names the arguments that carry tokens, and their token dims, or says what they tell of requests
+    (`CuSeqlens()` and its like); `metadata.slots` is a field of a dataclass, or what a dict has under that. `options`
+    are the other fields of `Config`. Before each call the ranks of `dp_group` (default: all ranks) agree on the step,
+    so every rank has to call, whatever it has: a rank with nothing to do calls `idle_step`, or brings inputs of no
+    tokens. Then the token arguments are padded to the largest rank and its bucket, and the results un-padded.
 
         @dbo_compile.dbo(token_dims={"input_ids": 0, "positions": -1}, pad_to="auto")
         class Model(nn.Module): ...
@@ -93,7 +98,8 @@ class Steps:
         self.__code__ = getattr(fn, "__code__", None)  # torch.export asks where a forward stands
         self.__signature__ = signature.replace(parameters=names if owner is None else names[1:])
         _check_names(config, self.__signature__)
-        self._padding = Padding(config.token_dims or {}, config.pad_values)
+        self._axes = request_axes(config.token_dims or {})
+        self._padding = Padding(dims_of_tokens(config.token_dims or {}), config.pad_values)
         self._limits = limits_of(config)
         self._compiled = _compiled(fn, config)
         self._agreement: Agreement | None = None
@@ -163,7 +169,7 @@ class Steps:
                 named |= named.pop(name, {})
             elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY) and name in named:
                 raise TypeError(f"a function that dbo decorates takes its arguments by name, but {name} has none")
-        return named
+        return opened(named, self._config.token_dims or {})
 
     def _num_tokens(self, inputs: Mapping[str, Any]) -> int:
         return self._padding.num_tokens(inputs)
@@ -171,11 +177,12 @@ class Steps:
     def _wish(self, inputs: Mapping[str, Any]) -> Wish:
         self._padding.check(inputs)
         num_tokens = self._num_tokens(inputs)
+        table = read_requests(inputs, self._axes, num_tokens)
         tensors = [(inputs[name], dim) for name, dim in self._padding.token_dims.items()
                    if isinstance(inputs.get(name), torch.Tensor)]
         first = tensors[0][0]
         elements = first.numel() // num_tokens if num_tokens else 0
-        self._per_token = elements, is_decode(tensors)
+        self._per_token = elements, is_decode(tensors) or (table is not None and table.is_decode)
         self._dtypes = " ".join(str(x.dtype) for x, _ in tensors)
         return self._wish_of(num_tokens, *self._per_token)
 
@@ -199,16 +206,16 @@ class Steps:
             return self._nothing
         num_tokens = self._num_tokens(inputs)
         padded = self._padding.pad(inputs, plan.padded_tokens)
-        step = InForce(plan, is_first=not self._num_played)
+        step = InForce(plan, is_first=not self._num_played, num_tokens=num_tokens)
         with in_force(step), compat.host_reads_in_graph():
-            results = self._compiled(*self._self(), **padded)
+            results = self._compiled(*self._self(), **closed(padded))
         self._num_played += 1
         self._programs = " ".join(step.engines)
         for name, x in padded.items():
             if x is not inputs[name] and x.data_ptr() in step.written:
                 inputs[name].copy_(unpad(x, self._padding.token_dims[name], plan.padded_tokens, num_tokens))
         if not self._idle:
-            self._idle = self._padding.empty(inputs)
+            self._idle = closed(without_requests(self._padding.empty(inputs), self._axes))
             self._nothing = self._unpadded(results, step, 0, padded)
         return self._unpadded(results, step, num_tokens, padded)
 
@@ -248,8 +255,14 @@ def _compiled(fn: Callable[..., Any], config: Config) -> Callable[..., Any]:
                            target.__closure__)
         own.__kwdefaults__ = target.__kwdefaults__
         own = own if target is fn else own.__get__(fn.__self__)  # type: ignore[attr-defined]
-    compiled: Callable[..., Any] = torch.compile(own, backend=functools.partial(backend.compile_with, config=config))
+    inside = replace(config, token_dims=_last_names(config.token_dims or {}), pad_values=_last_names(config.pad_values))
+    compiled: Callable[..., Any] = torch.compile(own, backend=functools.partial(backend.compile_with, config=inside))
     return compiled
+
+
+def _last_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Members by the names that a graph has for them."""
+    return {name.rpartition(".")[2]: value for name, value in values.items()}
 
 
 def _check_names(config: Config, signature: inspect.Signature) -> None:
@@ -259,6 +272,6 @@ def _check_names(config: Config, signature: inspect.Signature) -> None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     for name in (*config.token_dims, *config.pad_values):
-        if name not in parameters:
+        if name.partition(".")[0] not in parameters:
             raise ValueError(f"{name!r} is no argument{nearest(name, list(parameters))} The arguments are: "
                              f"{', '.join(parameters)}")

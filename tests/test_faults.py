@@ -131,7 +131,7 @@ class Trial:
 
     @property
     def timeout_s(self) -> float:
-        return TIMEOUT_S if self.fault in FAULTS and not self.kind.passing else LONG_TIMEOUT_S
+        return TIMEOUT_S if self.fault in FAULTS and self.kind.heard == GONE else LONG_TIMEOUT_S
 
     def sizes(self, step):
         rng = random.Random(97 * self.seed + step)
@@ -508,7 +508,7 @@ def problems(trial: Trial, told: dict[int, Told]) -> Iterator[str]:
         error, want = str(t.error), kind.own if rank == trial.victim else kind.heard.format(v=trial.victim)
         if want and not re.match(want.format(v=trial.victim), error, re.DOTALL):
             yield f"rank {rank} heard {error!r}, not {want!r}"
-        if rank != trial.victim and t.seconds > trial.timeout_s + 2.0:
+        if rank != trial.victim and t.seconds > (LONG_TIMEOUT_S if kind.passing else TIMEOUT_S) + 2.0:
             yield f"rank {rank} heard after {t.seconds:.1f} s"
         yield from (f"rank {rank} {what}" for what in problems_after(t, kind, is_victim=rank == trial.victim))
 

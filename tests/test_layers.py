@@ -23,6 +23,7 @@ FLOORS = (
     ("capture", "report", "chart"),
     ("text", "trace", "runnable", "measure", "page", "overview"),
     ("dump",),
+    ("arguments",),
     ("backend",),
     ("explanation", "debugging", "decorator", "integrations"),
     ("demo", "subject", "example", "doctor"),

@@ -166,10 +166,10 @@ def timed_steps(num_steps, path):
 
 
 def test_ranks_time_and_decide_together_and_a_restart_times_nothing_again(two, tmp_path):
-    answers = two.run(timed_steps, 20, str(tmp_path / "decisions.json"), timeout=300.0)
+    answers = two.run(timed_steps, 32, str(tmp_path / "decisions.json"), timeout=300.0)
     (decided, loaded, fingerprint), other = answers
     assert (decided, loaded, fingerprint) == other
     assert decided == loaded
     ((size, decision),) = decided.items()
     assert str(size) == "12/192"
-    assert list(decision.seconds) == ["split", "unsplit", "inductor"]
+    assert [way for way in decision.seconds if way != "refined"] == ["split", "unsplit", "inductor"]

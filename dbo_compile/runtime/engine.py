@@ -7,18 +7,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from dbo_compile.config import Config
 from dbo_compile.errors import Disagreement, NotSplit, RankLost
 from dbo_compile.log import logger
 from dbo_compile.runtime.agree import Agreement
+from dbo_compile.runtime.cuts import Cut, cut_requests
 from dbo_compile.runtime.force import InForce, step_in_force
 from dbo_compile.runtime.gate import Trial
 from dbo_compile.runtime.graphs import Player
 from dbo_compile.runtime.padding import Buckets, coarse, is_decode
 from dbo_compile.runtime.plan import NOT_SPLIT, BatchPlan, Limits, Wish, check_same
 from dbo_compile.runtime.refine import Refiner, synchronize
+from dbo_compile.runtime.requests import RequestTable
 from dbo_compile.runtime.rows import find_rows
 from dbo_compile.runtime.signature import Signature
 from dbo_compile.runtime.tune import REFINED, SPLIT, Costs, Decision, Size, Tuner, known_decisions
@@ -36,11 +39,12 @@ class Calls:
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """One call, as agreed: its plan, the rows of each microbatch (none: not split), all its rows, why not split, and
-    whether the gate is to judge it."""
+    """One call, as agreed: its plan, what it tells of requests, how it is cut, all its rows, why not split, and whether
+    the gate is to judge it."""
 
     plan: BatchPlan
-    rows: tuple[int, ...]
+    table: RequestTable | None
+    cut: Cut
     num_rows: int
     reason: str
     gates: bool
@@ -91,9 +95,10 @@ class Engine:
     def __call__(self, *args: Any) -> Any:
         self.calls.total += 1
         force, sizes = step_in_force(), self.signature.sizes(args)
-        plan = self._meet(force) if force else self._agree(sizes, args)  # what goes wrong there, all ranks hear of
+        table = self._read(args, sizes, force)
+        plan = self._meet(force) if force else self._agree(sizes, args, table)  # what goes wrong there, all hear of
         try:
-            return self._call(args, plan, sizes, force)
+            return self._call(args, plan, sizes, table, force)
         except (Disagreement, RankLost):
             raise
         except Exception as error:
@@ -122,7 +127,10 @@ class Engine:
         """Announce the next call, of so many tokens and otherwise like the last one, while this one is played."""
         if self._last is None:
             raise ValueError("agree_ahead announces a call that is like the last one: call the model once before")
-        self.agreement.agree_ahead(self._wish(num_tokens, *self._last, can_split=self._can_split(num_tokens, ())))
+        if self.signature.requests:
+            raise ValueError("agree_ahead does not know the requests of the next call, and this graph is told of them")
+        can_split = self._can_split(num_tokens, self.rows_of)
+        self.agreement.agree_ahead(self._wish(num_tokens, *self._last, can_split=can_split))
 
     def retune(self) -> None:
         """Time every size again; to be called on all ranks at the same place."""
@@ -148,13 +156,33 @@ class Engine:
 
     # -- agreeing -----------------------------------------------------------------------------------------------------
 
-    def _call(self, args: Sequence[Any], plan: BatchPlan, sizes: Sequence[int], force: InForce | None) -> Any:
+    def _read(self, args: Sequence[Any], sizes: Sequence[int], force: InForce | None) -> RequestTable | None:
+        """What a call tells of its requests; if that is wrong, the other ranks hear of it before this raises."""
+        if self.signature.requests is None or len(set(sizes)) > 1:
+            return None
+        try:
+            return self.signature.requests.read(args, force.num_tokens if force else sizes[0])
+        except ValueError as error:
+            if force:
+                self.agreement.leave(f"it raised ValueError: {error}")
+            else:
+                self.agreement.meet(Wish.wrong(self.fingerprint, self._config_fingerprint))
+            raise
+
+    def _call(
+        self,
+        args: Sequence[Any],
+        plan: BatchPlan,
+        sizes: Sequence[int],
+        table: RequestTable | None,
+        force: InForce | None,
+    ) -> Any:
         if len(set(sizes)) > 1:
             pairs = zip(self.signature.token_inputs, sizes, strict=True)
             listed = ", ".join(f"{t.name}: {size}" for t, size in pairs)
             self._declined(f"its token inputs differ in their number of tokens ({listed}); see token_dims")
             return self.ways.whole.eager(*args)
-        turn = self._turn(plan, sizes[0], args, force)
+        turn = self._turn(plan, sizes[0], args, table, force)
         mine = self.signature.padded(args, turn.num_rows)
         results = self._play(turn, mine)
         if force:
@@ -162,18 +190,20 @@ class Engine:
         self.signature.write_back(args, mine)
         return self.signature.unpadded(results, turn.num_rows, sizes[0])
 
-    def _agree(self, sizes: Sequence[int], args: Sequence[Any]) -> BatchPlan:
+    def _agree(self, sizes: Sequence[int], args: Sequence[Any], table: RequestTable | None) -> BatchPlan:
         num_tokens, first = max(sizes), self.signature.token_inputs[0]
         elements = args[first.index].numel() // max(1, sizes[0])
-        self._last = elements, is_decode((args[t.index], t.dim) for t in self.signature.token_inputs)
+        is_flat_decode = table is not None and table.is_decode
+        decode = is_flat_decode or is_decode((args[t.index], t.dim) for t in self.signature.token_inputs)
+        self._last = elements, decode
         ahead = self.agreement.announced
         if ahead is not None and (ahead.num_tokens, ahead.program) == (num_tokens, self.fingerprint):
             return self.agreement.agree(ahead, self.limits)
-        can_split = len(set(sizes)) == 1 and self._can_split(num_tokens, self.signature.others(args))
         try:
+            can_split = len(set(sizes)) == 1 and self._can_split(num_tokens, lambda n: self._cut(n, args, table))
             self.signature.check(args)
             wish = self._wish(num_tokens, *self._last, can_split=can_split)
-        except ValueError:  # more tokens than any bucket has, perhaps: the others must not wait for this rank
+        except Exception:  # more tokens than any bucket has, perhaps: the others must not wait for this rank
             self.agreement.meet(Wish.wrong(self.fingerprint, self._config_fingerprint))
             raise
         return self.agreement.agree(wish, self.limits, patient=self.calls.total == 1)
@@ -183,13 +213,22 @@ class Engine:
         program, config = self.fingerprint, self._config_fingerprint
         return Wish(num_tokens, bucket, elements * bucket, can_split, self.wants_gate, decode, program, config)
 
-    def _can_split(self, num_tokens: int, others: Sequence[int]) -> bool:
+    def _can_split(self, num_tokens: int, cut: Callable[[int], object]) -> bool:
         if self.refuted:
             return False
         try:
-            return bool(self.rows_of(self.buckets.bucket(num_tokens) if self._pads else num_tokens, *others))
+            return bool(cut(self.buckets.bucket(num_tokens) if self._pads else num_tokens))
         except (NotSplit, ValueError):
             return False
+
+    def _cut(self, num_rows: int, args: Sequence[Any], table: RequestTable | None) -> Cut:
+        """How a step is cut; raises `NotSplit` with the reason if there is no way."""
+        others = self.signature.others(args)
+        if self.signature.requests is None:
+            return Cut(self.rows_of(num_rows, *others))
+        guards = self.ways.programs.guards
+        even = partial(self.rows_of, num_rows, *others)
+        return cut_requests(self.signature, args, table, num_rows, guards=guards, limits=self.limits, even=even)
 
     def _meet(self, force: InForce) -> BatchPlan:
         """The plan in force; in the first step of all, ranks see that they play the same before they do."""
@@ -203,33 +242,48 @@ class Engine:
     def _pads(self) -> bool:
         return (self.config.pad_to is not None or self.signature.same_size) and not self.signature.unpaddable
 
-    def _turn(self, plan: BatchPlan, num_tokens: int, args: Sequence[Any], force: InForce | None) -> _Turn:
+    def _turn(
+        self,
+        plan: BatchPlan,
+        num_tokens: int,
+        args: Sequence[Any],
+        table: RequestTable | None,
+        force: InForce | None,
+    ) -> _Turn:
         uneven = any(n != plan.padded_tokens for n in plan.num_tokens)
         if uneven and self.signature.unpaddable and (force or self.config.pad_to is not None):
             raise ValueError(f"steps of this model cannot be padded: {self.signature.unpaddable}")
         num_rows = plan.padded_tokens if self._pads and not force else num_tokens
-        others = self.signature.others(args)
-        rows, reason = self._split(plan, num_rows, others)
+        cut, reason = self._split(plan, num_rows, args, table)
         gates = plan.gate or (force is not None and self.wants_gate)
-        return _Turn(plan, rows, num_rows, reason, gates)
+        return _Turn(plan, table, cut, num_rows, reason, gates)
 
-    def _split(self, plan: BatchPlan, num_rows: int, others: Sequence[int]) -> tuple[tuple[int, ...], str]:
-        """The rows of each microbatch; none, and why, if the step is not split on any rank."""
+    def _split(
+        self, plan: BatchPlan, num_rows: int, args: Sequence[Any], table: RequestTable | None
+    ) -> tuple[Cut, str]:
+        """How the step is cut; not at all, and why, if it is not split on any rank."""
         try:
-            rows, reason = self.rows_of(num_rows, *others), self.refuted or plan.reason
+            cut, reason = self._cut(num_rows, args, table), self.refuted or plan.reason
         except NotSplit as why:
-            rows, reason = (), str(why)
-        rows = () if reason else rows
-        if not plan.reason and self.ways.programs.guards.know_others and self.agreement.size > 1:
-            can = self.agreement.share([bool(rows)])  # ranks may differ in what the guards speak of
-            if rows and not all(c for c, in can):
-                rows, reason = (), "another rank cannot split it"
-        return rows, reason
+            cut, reason = Cut(), str(why)
+        cut = Cut() if reason else cut
+        if not plan.reason and self._may_differ and self.agreement.size > 1:
+            can = self.agreement.share([bool(cut.rows)])
+            if cut.rows and not all(c for c, in can):
+                cut, reason = Cut(), "another rank cannot split it"
+        return cut, reason
+
+    @property
+    def _may_differ(self) -> bool:
+        """Whether ranks that agreed to split may still differ in whether they can: by what the guards speak of, or by
+        requests, where their wishes did not know them or how far the step is padded."""
+        unknown = self.signature.requests is not None and (self._pads or step_in_force() is not None)
+        return unknown or self.ways.programs.guards.know_others
 
     # -- playing ------------------------------------------------------------------------------------------------------
 
     def _play(self, turn: _Turn, args: Sequence[Any]) -> Sequence[Any]:
-        ways = self.ways.fitting(turn.rows, turn.num_rows, args)
+        ways = self.ways.fitting(turn.cut.rows, turn.num_rows, args)
         way = next(iter(ways), "")
         if self.config.split == "auto" and ways:
             return self._play_fastest(turn, ways, args)
@@ -248,7 +302,7 @@ class Engine:
         if way == SPLIT and turn.gates:
             return self._gated(turn, args)
         if way == REFINED and size not in self._refiner.programs:
-            return self._refiner.measure(size, turn.rows, turn.num_rows, args)
+            return self._refiner.measure(size, turn.cut, turn.num_rows, args)
         self.ways.prepare(way)
         if not is_timed:
             return self._played(way, turn, size, args)
@@ -261,20 +315,20 @@ class Engine:
 
     def _played(self, way: str, turn: _Turn, size: Size | None, args: Sequence[Any]) -> Sequence[Any]:
         refined = self._refiner.programs[size] if way == REFINED and size else None
-        return self.ways.play(way, turn.rows, turn.num_rows, args, refined=refined)
+        return self.ways.play(way, turn.cut, turn.num_rows, args, refined=refined)
 
     def _gated(self, turn: _Turn, args: Sequence[Any]) -> Sequence[Any]:
         """Play unsplit and split, and keep splitting only if both give the same on every rank.
 
         If they do not, and something is taken on trust, programs that do not trust it get a second chance.
         """
-        rows = turn.rows
+        cut = turn.cut
         trial = Trial(self.ways, self.agreement, turn.num_rows, args)
-        fault = trial.fault(rows)
-        while fault and rows and (other := self._without_trust(fault)):
+        fault = trial.fault(cut)
+        while fault and cut.rows and (other := self._without_trust(fault)):
             self.ways.programs, self._rows = other, {}
-            rows, _ = self._split(turn.plan, turn.num_rows, self.signature.others(args))
-            fault = trial.fault(rows) if rows else fault
+            cut, _ = self._split(turn.plan, turn.num_rows, args, turn.table)
+            fault = trial.fault(cut) if cut.rows else fault
         trial.close()
         self._is_gated = True
         if fault:

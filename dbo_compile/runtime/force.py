@@ -20,11 +20,12 @@ class InForce:
 
     `is_first`: no step was played before, so ranks have still to see that they play the same. `results` has each
     result with its token dim (None: it has none), by identity; `written` where the inputs lie that were written in
-    place; `engines` the fingerprint of each graph that was played.
+    place; `engines` the fingerprint of each graph that was played. `num_tokens` are those of this rank.
     """
 
     plan: BatchPlan
     is_first: bool
+    num_tokens: int = 0
     results: dict[int, tuple[torch.Tensor, int | None]] = field(default_factory=dict)
     written: set[int] = field(default_factory=set)
     engines: list[str] = field(default_factory=list)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dbo_compile.runtime.agree import Agreement
+from dbo_compile.runtime.cuts import Cut
 from dbo_compile.runtime.signature import State
 from dbo_compile.runtime.tune import SPLIT
 from dbo_compile.runtime.ways import Ways
@@ -46,10 +47,10 @@ class Trial:
         self.results: Sequence[Any] = self._want
         """What the step gave: split if that was right, unsplit else."""
 
-    def fault(self, rows: Sequence[int]) -> str:
+    def fault(self, cut: Cut) -> str:
         """What splitting changed, on any rank; "" if nothing."""
         self._before.restore()
-        got = self._ways.play(SPLIT, rows, self._num_rows, self._args)
+        got = self._ways.play(SPLIT, cut, self._num_rows, self._args)
         fault = self._judged(got)
         self.results = self._want if fault else got
         return fault

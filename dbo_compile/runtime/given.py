@@ -13,7 +13,6 @@ from dbo_compile.errors import NotSplit
 from dbo_compile.runtime.metadata import read_requests
 from dbo_compile.runtime.requests import RequestTable, given_values
 
-
 Size = int | Literal["rows"] | None
 """A size that the graph was traced with: a number, the rows of the microbatch, or whatever comes."""
 

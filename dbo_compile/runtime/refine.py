@@ -16,6 +16,7 @@ import torch
 from dbo_compile.ir.schedule import Step
 from dbo_compile.runtime.agree import Agreement
 from dbo_compile.runtime.capture import CapturePlayer
+from dbo_compile.runtime.cuts import Cut
 from dbo_compile.runtime.steps import around_steps
 from dbo_compile.runtime.tune import SPLIT, UNSPLIT, Costs, Size
 from dbo_compile.runtime.ways import Programs, Ways
@@ -35,12 +36,12 @@ class Refiner:
         self._replan = replan
         self._taken: dict[Size, list[dict[str, float]]] = defaultdict(list)
 
-    def measure(self, size: Size, rows: Sequence[int], num_rows: int, args: Sequence[Any]) -> Sequence[Any]:
+    def measure(self, size: Size, cut: Cut, num_rows: int, args: Sequence[Any]) -> Sequence[Any]:
         """Play a call step by step, split and unsplit in turn; the last of them makes the program of the size."""
         taken = self._taken[size]
         way = (SPLIT, UNSPLIT)[len(taken) % 2]
         watch = _Stopwatch(self._ways.programs.codes)
-        results = self._ways.play(way, rows, num_rows, args, by=watch.player(self._ways.player))
+        results = self._ways.play(way, cut, num_rows, args, by=watch.player(self._ways.player))
         taken.append(watch.seconds())
         if len(taken) == 2 * CALLS:
             self.make(size, self._agreed(taken))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from dbo_compile.runtime.agree import Agreement
+from dbo_compile.runtime.cuts import Cut
 from dbo_compile.runtime.graphs import Player
 from dbo_compile.runtime.lanes import WaitFor, WorkLanes
 from dbo_compile.runtime.rows import Guards
@@ -22,7 +23,8 @@ from dbo_compile.runtime.tune import INDUCTOR, REFINED, SPLIT, UNSPLIT
 class Programs:
     """What there is to play a graph with: an emitted module for each number of microbatches, 1 among them, and what
     tracing and compiling assumed of the number of rows. `trusts` says what splitting takes on trust; `codes` has the
-    code of each segment, `comm_codes` those that communicate, `fns` what is called for each."""
+    code of each segment, `comm_codes` those that communicate, `fns` what is called for each. `apart` has other modules
+    for steps in which no request has tokens in two microbatches, where that leaves more freedom."""
 
     modules: Mapping[int, nn.Module]
     guards: Guards
@@ -31,6 +33,12 @@ class Programs:
     codes: Mapping[str, str] = field(default_factory=dict)
     comm_codes: tuple[str, ...] = ()
     fns: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    apart: Mapping[int, nn.Module] = field(default_factory=dict)
+
+    def split(self, cut: Cut) -> nn.Module:
+        """The module for a step that is cut."""
+        n = len(cut.rows)
+        return self.modules[n] if cut.straddles else self.apart.get(n, self.modules[n])
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,7 @@ class Ways:
     def play(
         self,
         way: str,
-        rows: Sequence[int],
+        cut: Cut,
         num_rows: int,
         args: Sequence[Any],
         *,
@@ -89,7 +97,7 @@ class Ways:
         """
         if way in (SPLIT, REFINED):
             programs = refined if way == REFINED and refined else self.programs
-            return (by or self.player)(programs.modules[len(rows)], rows, args)
+            return (by or self.player)(programs.split(cut), cut.rows, [*args, *cut.given])
         if way == INDUCTOR and self._inductor and self._fits(self._inductor[1], num_rows, args):
             results: Sequence[Any] = self._inductor[0](*args)
             return results

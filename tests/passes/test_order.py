@@ -195,4 +195,4 @@ def test_ordering_is_near_linear_where_much_is_ready_at_once():
     named |= {f"s{i}": comm(f"s{i}", f"y{i}", f"z{i}") for i in range(width)}
     start = time.process_time()
     order(named, 2, cost=lambda step: 0.01 if int(step.segment[1:]) % 2 else 1.0)
-    assert time.process_time() - start < 1.0
+    assert time.process_time() - start < 5.0  # quadratic: half a minute

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dbo_compile.runtime.agree import Agreement
+from dbo_compile.runtime.cuts import Cut
 from dbo_compile.runtime.gate import Difference, Trial, difference
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.signature import Signature, TokenInput
@@ -78,7 +79,7 @@ def ways(split, *, written=(), unpaddable=""):
 def judged(split, *state, **options):
     found = ways(split, written=tuple(range(1, 1 + len(state))), **options)
     trial = Trial(found, Agreement(None, timeout_s=1.0), 7, [X, *state])
-    fault = trial.fault((4, 3))
+    fault = trial.fault(Cut((4, 3)))
     trial.close()
     return fault, trial
 
@@ -128,7 +129,7 @@ def test_a_result_that_lies_in_state_is_kept_apart():
     found = ways(unsplit, written=(1,))
     found.programs = Programs({1: unsplit, 2: unsplit}, Guards((), ()), "5" * 16)
     trial = Trial(found, Agreement(None, timeout_s=1.0), 7, [X, state := torch.zeros_like(X)])
-    assert trial.fault((4, 3)) == ""
+    assert trial.fault(Cut((4, 3))) == ""
     trial.close()
     assert torch.equal(state, X)
 
@@ -139,4 +140,4 @@ def test_what_another_rank_found_counts_here():
             return [tuple(values), (1,)]
 
     trial = Trial(ways(right), Two(None, timeout_s=1.0), 7, [X])
-    assert trial.fault((4, 3)) == "a result on another rank"
+    assert trial.fault(Cut((4, 3))) == "a result on another rank"

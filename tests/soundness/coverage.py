@@ -89,7 +89,7 @@ def tally(
 
 
 def tally_in_processes(infos: Iterable[Any], depth: Depth, also: Callable[[Call, View], bool] | None = None) -> Tally:
-    """Judge the samples of ops, each op in a process of its own: some kernels crash on parts that do not fit."""
+    """Judge the samples of ops, each op in a process of its own: some kernels crash."""
     made = Tally()
     for info in infos:
         here, there = Pipe(duplex=False)
@@ -166,11 +166,11 @@ def _row(name: str, made: Tally, ops: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def most_missed(made: Tally, most: int = 25) -> str:
-    """The ops with the most missed splits, and how many of these DTensor may claim."""
+    """The ops with the most missed splits, and how many of all their true ones DTensor claims."""
     missed = {op: counts["true"] - counts["claimed"] for op, counts in made.splits.items()}
     ops = sorted((op for op, n in missed.items() if n), key=lambda op: (-missed[op], str(op)))[:most]
     rows = [f"| `{op}` | {family(op)} | {missed[op]} | {made.splits[op]['DTensor']} |" for op in ops]
-    return "\n".join(["| op | family | missed | DTensor claims |", "|---|---|---|---|", *rows])
+    return "\n".join(["| op | family | missed | of all its true splits, DTensor claims |", "|---|---|---|---|", *rows])
 
 
 def kinds(made: Tally) -> str:

@@ -55,7 +55,7 @@ parts of the tokens (uneven, about even, three), joined, against the op on all o
 shuffled, and shuffled and negated. Also two-rank collectives, and made-up calls for pointwise ops and reductions that
 no sample calls. {num_calls} distinct calls. Verdicts: {kinds}.
 
-Ops with a kernel that crashed on parts, whose samples are not in here: {crashed}.
+Ops whose process died (each runs in a fork of its own), so that their samples are not in here: {crashed}.
 
 `fails` are calls with a fixed size where tokens would be: a trace of them has no symbol to split. `local` claims say
 that rows are a microbatch's own: of floats, all rows must be there; of numbers of rows, nothing can be tried on one op,

@@ -1,0 +1,126 @@
+"""What the engine is to know of the arguments and results of an ATen graph: the graph and `TokenMap` to `Signature`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from dbo_compile import capture
+from dbo_compile import graph as g
+from dbo_compile.axes import Axis, is_given
+from dbo_compile.config import Config
+from dbo_compile.errors import NotSplit
+from dbo_compile.ir.tokens import TOKENS, Given, Shared, Split, TokenMap
+from dbo_compile.passes.analyze import draws_random_numbers
+from dbo_compile.passes.given import fixed_sizes, given_numbers, number_sources, placement_of
+from dbo_compile.rules.collectives import comm_op
+from dbo_compile.runtime.given import RequestInputs
+from dbo_compile.runtime.signature import Signature, TokenInput
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """An ATen graph as captured: which inputs carry tokens, and in which dim, and which symbols count them.
+
+    `hints` has the value of each symbol in the call that was traced. `axes` has the inputs that `token_dims` says
+    something else of, by name; `given` are those of them of which each microbatch has a value of its own.
+    """
+
+    gm: fx.GraphModule
+    token_dims: Mapping[fx.Node, int]
+    symbols: tuple[sympy.Symbol, ...]
+    hints: Mapping[sympy.Symbol, int]
+    axes: Mapping[str, tuple[fx.Node, Axis]] = field(default_factory=dict)
+    given: Mapping[fx.Node, Given] = field(default_factory=dict)
+
+    @property
+    def own(self) -> dict[fx.Node, Given]:
+        """The inputs that hold sizes of what is given."""
+        return given_numbers(self.gm.graph, self.given, self.symbols)
+
+
+def as_traced(
+    gm: fx.GraphModule,
+    token_dims: Mapping[fx.Node, int],
+    axes: Mapping[str, tuple[fx.Node, Axis]] = MappingProxyType({}),
+) -> Traced:
+    """Find the symbols of a graph; raises `NotSplit` if tokens or requests cannot be told from other sizes."""
+    symbols = tuple(dict.fromkeys(g.expression(g.value(n).shape[d]) for n, d in token_dims.items()))
+    if not all(symbol.is_Symbol for symbol in symbols):
+        raise NotSplit(capture.SPECIALISED)
+    for node, dim in token_dims.items():
+        others = [s for d, s in enumerate(g.value(node).shape) if d != dim]
+        if any(g.expression(s).has(*symbols) for s in others):
+            raise NotSplit(f"{node.name} has another dim whose size is traced as the number of tokens: call it first "
+                           "with a number of tokens that is no other size of the model")
+    numbers = [g.value(n) for n in g.inputs(gm.graph) if g.is_symbolic_number(n)]
+    hints = {g.expression(number): int(number.node.hint) for number in numbers}
+    num_tokens = max(hints.pop(s) for s in symbols)
+    given = {node: placement_of(axis) for node, axis in axes.values() if is_given(axis)}
+    return Traced(gm, token_dims, symbols, {TOKENS: num_tokens, **hints}, axes, given)
+
+
+def signature_of(
+    graph: fx.Graph, placed: TokenMap, tokens: Sequence[tuple[int, int, str]], traced: Traced, config: Config
+) -> Signature:
+    """What the engine knows of arguments and results; `tokens` has position, token dim and name of token inputs."""
+    inputs = list(g.inputs(graph))
+    written = dict.fromkeys(g.base(n) for m in g.body(graph) for n in g.written(m))
+    symbol_inputs = g.symbol_inputs(graph)
+    return Signature(
+        token_inputs=tuple(TokenInput(*t, config.pad_values.get(t[2], 0)) for t in tokens),
+        token_numbers=tuple(i for s, i in symbol_inputs.items() if s in traced.symbols),
+        symbol_inputs={s: i for s, i in symbol_inputs.items() if s not in traced.symbols},
+        written=tuple(i for i, n in enumerate(inputs) if n in written),
+        output_dims=tuple(_token_dim(n, placed) for n in g.results(graph)),
+        unpaddable=_why_not_padded(graph, placed, traced, has_values=bool(config.pad_values)),
+        same_size=any(g.symbols_of(v) & {*traced.symbols} for n in g.body(graph) for v in _sent(n)),
+        draws_random_numbers=any(map(draws_random_numbers, g.body(graph))),
+        requests=_requests(graph, traced),
+        whole_requests=bool(placed.whole_requests),
+    )
+
+
+def _requests(graph: fx.Graph, traced: Traced) -> RequestInputs | None:
+    if not traced.given:
+        return None
+    position = {node: i for i, node in enumerate(g.inputs(graph))}
+    axes = {name: (position[node], axis) for name, (node, axis) in traced.axes.items()}
+    numbers = number_sources(graph, traced.given, traced.own)
+    return RequestInputs(axes, numbers, fixed_sizes(graph, traced.given, traced.symbols))
+
+
+def _token_dim(result: Any, placed: TokenMap) -> int | None:
+    place = placed.places[result] if isinstance(result, fx.Node) else None
+    return place.dim if isinstance(place, Split) else None
+
+
+def _why_not_padded(graph: fx.Graph, placed: TokenMap, traced: Traced, *, has_values: bool) -> str:
+    """Why rows of padding could change what is computed of the others; "" if they cannot."""
+    for node in traced.given:
+        if g.symbols_of(g.value(node)) & {*traced.symbols}:
+            return f"{node.name} has a row for each token, and what it tells of requests is not padded"
+    for node, why in placed.barriers.items():
+        return f"{node.name} ({g.source_line(node)}) sees all tokens at once: {why}"
+    for node in g.results(graph):
+        if isinstance(node, fx.Node) and g.is_symbolic_number(node) and g.symbols_of(g.value(node)) & {*traced.symbols}:
+            return "it returns the number of tokens"
+    for node in g.body(graph):
+        shared = [n for n in g.written(node) if isinstance(placed.places[n], Shared)]
+        if shared and not isinstance(placed.places[node], Shared) and not has_values:
+            return (f"{node.name} ({g.source_line(node)}) writes a buffer of all tokens; give pad_values that have it "
+                    "write where nobody reads")
+    return ""
+
+
+def _sent(node: fx.Node) -> list[Any]:
+    """What a collective sends and receives; nothing for other ops."""
+    if comm_op(node.target) is None:
+        return []
+    return [v for v in map(g.value, (node, *node.all_input_nodes)) if isinstance(v, torch.Tensor)]

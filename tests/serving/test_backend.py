@@ -1,0 +1,186 @@
+"""The serving shape through the backend and the decorator: what a user writes, on steps of many requests."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import dbo_compile
+from dbo_compile import backend, reports
+from dbo_compile.axes import CuSeqlens, Tokens
+from dbo_compile.config import Config
+from dbo_compile.ir.program import Program
+from dbo_compile.runtime.engine import Engine
+from dbo_compile.runtime.given import RequestInputs
+from dbo_compile.runtime.plan import BatchPlan, Phase
+from dbo_compile.runtime.rows import Guards
+from dbo_compile.runtime.signature import Signature, TokenInput
+from dbo_compile.runtime.ways import Programs, Whole
+from tests.serving.model import AXES, BLOCK, NUM_BLOCKS, Model, Pages, caches, step_of
+from tests.serving.test_serving import mixed, random_steps, twin
+
+OPTIONS = {"token_dims": AXES, "split": "always", "inner": "eager", "min_tokens": 2}
+MEMBERS = {name if name in ("input_ids", "positions") else f"metadata.{name}": axis for name, axis in AXES.items()}
+NOBODYS = NUM_BLOCKS * BLOCK - 1
+"""The slot that padding is written to."""
+
+
+@pytest.fixture(scope="module")
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="dbo", options=OPTIONS | options, fullgraph=True)
+
+
+def straddling():
+    """A step of requests of 2, 7 and 4 tokens; cut in the middle, the second has tokens in both microbatches."""
+    pages = Pages()
+    first, second, third = (pages.request(list(range(n))) for n in (2, 11, 4))
+    second.cached = 4
+    return step_of([(first, 2), (second, 7), (third, 4)])
+
+
+@pytest.mark.parametrize(("inner", "num_steps"), [("eager", 60), ("inductor", 3)])
+def test_random_steps_are_what_one_request_at_a_time_gives(group, inner, num_steps):
+    before, model = len(reports()), Model(group, num_layers=2 if inner == "eager" else 1).double()
+    plain, run = Model(group, num_layers=len(model.layers)).double(), compiled(model, inner=inner)
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for work in random_steps(random.Random(5), num_steps):
+            want = torch.cat([plain(*step_of([one])) for one in work])
+            torch.testing.assert_close(run(*step_of(work)), want, rtol=0, atol=1e-12)
+            torch.testing.assert_close(caches(model), caches(plain), rtol=0, atol=1e-12)
+    graphs = reports()[before:]
+    assert all(r.split or r.reason == "it has a single token" for r in graphs)
+    assert sum(r.calls_split for r in graphs) >= num_steps // 3
+    assert not any(r.barriers for r in graphs)
+
+
+def test_the_decorator_takes_metadata_in_a_dataclass_and_pads_around_it(group):
+    """Of 13, 13 and 0 tokens: all are played by the graphs of 16."""
+    before, model = len(reports()), Model(group).double()
+    plain = twin(model, group)
+    options = OPTIONS | {"token_dims": MEMBERS, "pad_to": [16], "pad_values": {"metadata.slots": NOBODYS}}
+    run = dbo_compile.dbo(model, **options)
+    with torch.no_grad():
+        for step in (straddling(), step_of(mixed())):
+            slots = step[2].slots
+            torch.testing.assert_close(run(*step), plain(*step), rtol=0, atol=1e-12)
+            assert step[2].slots is slots
+        run.forward.idle_step()
+    for mine, theirs in zip(caches(model), caches(plain), strict=True):
+        torch.testing.assert_close(mine.flatten(0, 1)[:NOBODYS], theirs.flatten(0, 1)[:NOBODYS], rtol=0, atol=1e-12)
+    assert [r.calls_split for r in reports()[before:] if r.calls] == [2]
+
+
+def test_a_dict_of_metadata_works_as_well():
+    def fn(x, meta):
+        return x * 2 + meta["bias"]
+
+    run = dbo_compile.dbo(fn, token_dims={"x": 0, "meta.bias": Tokens(0)}, split="always", inner="eager", pad_to=[8])
+    x, bias = torch.randn(5, 3), torch.randn(5, 3)
+    with torch.no_grad():
+        assert torch.equal(run(x, {"bias": bias}), x * 2 + bias)
+
+
+def ends_early(m):
+    m.cu_seqlens[-1] = 12
+
+
+def goes_down(m):
+    m.cu_seqlens[1] = 11
+
+
+def attends_to_too_little(m):
+    m.seq_lens[1] = 3
+
+
+def has_more_requests_than_tokens(m):
+    m.cu_seqlens = torch.cat([m.cu_seqlens[:1].repeat(12), m.cu_seqlens])
+    m.seq_lens = torch.cat([m.seq_lens[:1].repeat(12), m.seq_lens])
+    m.block_table = torch.cat([m.block_table[:1].repeat(12, 1), m.block_table])
+
+
+def is_of_another_step(m):
+    m.block_table = m.block_table[:2]
+
+
+@pytest.mark.parametrize("entry", ["backend", "decorator"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (ends_early, "cu_seqlens ends at 12, but the step has 13 tokens"),
+        (goes_down, "cu_seqlens goes down from 11 to 9: request 1 would have -2 tokens"),
+        (attends_to_too_little, "says that request 1 attends to 3 tokens, fewer than its 7"),
+        (has_more_requests_than_tokens, "there are 15 requests, more than the 13 tokens"),
+        (is_of_another_step, "inputs of one step must tell of as many requests"),
+    ],
+)
+def test_wrong_metadata_is_an_error_before_anything_is_written(group, entry, spoil, message):
+    model = Model(group, num_layers=1).double()
+    run = compiled(model) if entry == "backend" else dbo_compile.dbo(model, **OPTIONS | {"token_dims": MEMBERS})
+    ids, positions, metadata = straddling()
+    metadata = replace(metadata, cu_seqlens=metadata.cu_seqlens.clone(), seq_lens=metadata.seq_lens.clone())
+    spoil(metadata)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        run(ids, positions, metadata)
+    assert not any(cache.any() for cache in caches(model))
+
+
+class OtherRank:
+    """An agreement with a rank that says of every step whether it can split it."""
+
+    rank, size, announced, wait_for = 0, 2, None, None
+
+    def __init__(self, *, can_split: bool) -> None:
+        self.can_split, self.asked = can_split, []
+
+    def share(self, values, **_):
+        self.asked.append(tuple(values))
+        return [tuple(values), (self.can_split,)]
+
+
+@pytest.mark.parametrize(("mine", "other", "rows"), [(True, True, (2, 4)), (True, False, ()), (False, True, ())])
+def test_a_padded_step_is_split_only_if_every_rank_can(mine, other, rows):
+    """Requests that are not to be cut: two of them can be parted, one cannot."""
+    bounds = torch.tensor([0, 2, 5] if mine else [0, 5])
+    requests = RequestInputs({"bounds": (1, CuSeqlens())})
+    signature = Signature((TokenInput(0, 0, "x"),), output_dims=(0,), requests=requests, whole_requests=True)
+    programs = Programs({}, Guards((), ()), "5" * 16)
+    agreement = OtherRank(can_split=other)
+    engine = Engine(programs, Whole(lambda *_: ()), signature, agreement, Config(pad_to=[6], inner="eager"))
+    args = [torch.zeros(5, 3), bounds]
+    table = requests.read(args, 5)
+    assert engine._can_split(5, lambda n: engine._cut(n, args, table)) is mine
+    plan = BatchPlan((5, 5), 6, 18, 2, gate=False, phase=Phase.PREFILL, reason="")
+    cut, reason = engine._split(plan, 6, args, table)
+    assert (cut.rows, bool(reason)) == (rows, not rows)
+    assert agreement.asked == [(mine,)]
+
+
+def test_the_gate_finds_that_microbatches_write_and_attend_in_the_wrong_order(group, monkeypatch):
+    """A missing edge, and a proof that does not look for it."""
+    order = backend.order
+
+    def wrong(segments, n, *args, **options):
+        schedule = order(segments, n, *args, **options)
+        swap = {0: n - 1, n - 1: 0, None: None}
+        return replace(schedule, steps=tuple(replace(s, microbatch=swap[s.microbatch]) for s in schedule.steps))
+
+    monkeypatch.setattr(backend, "order", wrong)
+    monkeypatch.setattr(backend, "Program", lambda *args: Program(*args[:3], straddles=False))
+    model, before = Model(group).double(), len(reports())
+    plain, step = twin(model, group), straddling()
+    with torch.no_grad():
+        assert torch.equal(compiled(model)(*step), plain(*step))
+    assert all(map(torch.equal, caches(model), caches(plain)))
+    (report,) = reports()[before:]
+    assert report.reason.startswith("splitting changed result 0 of the graph")
