@@ -256,6 +256,8 @@ class Engine:
         num_rows = plan.padded_tokens if self._pads and not force else num_tokens
         cut, reason = self._split(plan, num_rows, args, table)
         gates = plan.gate or (force is not None and self.wants_gate)
+        if force and self.signature.requests and self.agreement.size > 1:  # a rank may play another graph: of 1 request
+            gates = any(wants for wants, in self.agreement.share([gates], patient=True))
         return _Turn(plan, table, cut, num_rows, reason, gates)
 
     def _split(
