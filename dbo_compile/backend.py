@@ -117,7 +117,10 @@ def _split(
 
     def compile_aten(aten_gm: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
         with agreement.busy():
-            return compile_graph(aten_gm, tokens, config, agreement, requests)
+            try:
+                return compile_graph(aten_gm, tokens, config, agreement, requests)
+            except InvalidSchedule as error:  # an op that is played once writes rows that would be joined for it
+                raise NotSplit(f"no program can be made of it: {error}") from error
 
     try:
         return compat.to_aten(gm, example_inputs, compile_aten)
