@@ -16,6 +16,7 @@ from torch import fx
 from torch._decomp import get_decompositions
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -92,6 +93,16 @@ def host_reads_in_graph() -> AbstractContextManager[None]:
     """While it lasts, Dynamo keeps `.tolist()` and `.item()` in the graph, as `fullgraph=True` does."""
     context: AbstractContextManager[None] = dynamo_config.patch(capture_scalar_outputs=True)
     return context
+
+
+def while_dynamo_compiles(begin: Callable[[Any], None], end: Callable[[Any], None]) -> None:
+    """Have these called before and after each compilation of this process; once, however often this is asked for.
+
+    `torch._dynamo.reset()` forgets it.
+    """
+    if begin not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(begin)
+        callback_handler.register_end_callback(end)
 
 
 # -- AOTAutograd and Inductor -----------------------------------------------------------------------------------------

@@ -20,12 +20,11 @@ from dbo_compile.axes import Axis, dims_of_tokens, request_axes
 from dbo_compile.config import Config, nearest
 from dbo_compile.errors import Disagreement, RankLost
 from dbo_compile.runtime.agree import Agreement, agreement_over
-from dbo_compile.runtime.engine import limits_of
 from dbo_compile.runtime.force import InForce, in_force
 from dbo_compile.runtime.members import closed, opened, without_requests
 from dbo_compile.runtime.metadata import read_requests
 from dbo_compile.runtime.padding import Buckets, Padding, is_decode, unpad, unpad_tree, view_dim
-from dbo_compile.runtime.plan import BatchPlan, Wish
+from dbo_compile.runtime.plan import BatchPlan, Limits, Wish
 
 LEAST_ROWS = 2
 """A step is padded to no fewer tokens: Dynamo makes a graph of its own for one."""
@@ -100,7 +99,7 @@ class Steps:
         _check_names(config, self.__signature__)
         self._axes = request_axes(config.token_dims or {})
         self._padding = Padding(dims_of_tokens(config.token_dims or {}), config.pad_values)
-        self._limits = limits_of(config)
+        self._limits = Limits.of(config)
         self._compiled = _compiled(fn, config)
         self._agreement: Agreement | None = None
         self._programs = ""
@@ -121,8 +120,7 @@ class Steps:
         except Exception:
             agreement.meet(self._wrong())  # the others wait for this rank
             raise
-        ahead = agreement.announced
-        plan = agreement.agree(ahead if ahead and ahead.num_tokens == wish.num_tokens else wish, self._limits)
+        plan = agreement.agree(wish, self._limits)
         try:
             return self._play(plan, inputs)
         except (Disagreement, RankLost):

@@ -82,7 +82,7 @@ class Report:
     @property
     def reason(self) -> str:
         """Why the graph as a whole is not split, or not any more."""
-        return self.why or (self.engine.refuted if self.engine else "")
+        return self.why or (self.engine.gate.refuted if self.engine else "")
 
     @property
     def split(self) -> bool:

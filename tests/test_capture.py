@@ -467,6 +467,6 @@ def test_blocks_of_tokens_are_never_cut():
 
     report = check(fn, *rows(16, 12, 8, 20))[0]
     assert (report.calls, report.calls_split) == (4, 2)
-    assert report.engine.rows_of(16) == (8, 8)
-    assert report.engine.rows_of(20) == (8, 12)
+    assert report.engine.planner.rows_of(16) == (8, 8)
+    assert report.engine.planner.rows_of(20) == (8, 12)
     assert all("no split of" in why and "T//4" in why for why in report.decline_counts)

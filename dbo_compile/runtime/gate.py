@@ -7,17 +7,18 @@ plays whose padding differs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dbo_compile.log import logger
 from dbo_compile.runtime.agree import Agreement
 from dbo_compile.runtime.cuts import Cut
 from dbo_compile.runtime.signature import State
 from dbo_compile.runtime.tune import SPLIT
-from dbo_compile.runtime.ways import Ways
+from dbo_compile.runtime.ways import Programs, Ways
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """How far a value may be off, relative to the largest of its tensor: rounding through some dozen layers stays
@@ -28,6 +29,52 @@ MOST_ROUNDED = 0.25
 """The share of rows that rounding may change; more is an op that sees the padding."""
 YARDSTICK_ROWS = 8
 """How many more rows of padding the yardstick has."""
+
+
+class Gate:
+    """Judges the first split call of a graph, every one or none (`mode`), and says whether it may be split on.
+
+    When it refutes the programs, `recompile` makes others that trust nothing, or None if nothing was on trust.
+    """
+
+    def __init__(self, ways: Ways, mode: str, recompile: Callable[[], Programs | None]) -> None:
+        self.refuted = ""
+        """Why the graph is split no more."""
+        self._ways = ways
+        self._judges_all = mode == "every-call"
+        self._is_done = mode == "never"
+        self._recompile = recompile
+
+    @property
+    def is_wanted(self) -> bool:
+        return not self.refuted and (self._judges_all or not self._is_done)
+
+    def play(self, cut: Cut, num_rows: int, args: Sequence[Any], recut: Callable[[], Cut]) -> Sequence[Any]:
+        """Play unsplit and split, and keep splitting only if both give the same on every rank.
+
+        If they do not, and something is taken on trust, programs that do not trust it get a second chance; `recut`
+        cuts the step for them.
+        """
+        trial = Trial(self._ways, self._ways.agreement, num_rows, args)
+        fault = trial.fault(cut)
+        while fault and cut.rows and (other := self._without_trust(fault)):
+            self._ways.programs = other
+            cut = recut()
+            fault = trial.fault(cut) if cut.rows else fault
+        trial.close()
+        self._is_done = True
+        if fault:
+            self.refuted = f"splitting changed {fault}: some op mixes tokens, and its rule does not say so"
+            logger.warning("%s. The graph is not split any more; dbo_compile.explain shows its ops", self.refuted)
+        return trial.results
+
+    def _without_trust(self, fault: str) -> Programs | None:
+        trusts = self._ways.programs.trusts
+        with self._ways.agreement.compiling():
+            programs = self._recompile()
+        if programs:
+            logger.warning("splitting changed %s, so this is not taken on trust any more: %s", fault, "; ".join(trusts))
+        return programs
 
 
 class Trial:

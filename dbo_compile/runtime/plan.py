@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Self
 
+from dbo_compile.config import Config
 from dbo_compile.errors import Disagreement
 
 NOT_SPLIT = "0" * 16
@@ -48,6 +49,11 @@ class Wish:
         if not 0 <= self.num_tokens <= self.padded_tokens:
             raise ValueError(f"{self.num_tokens} tokens cannot be padded to {self.padded_tokens}")
 
+    def stands_for(self, wish: Wish) -> bool:
+        """Whether ranks that were told this one may play the other: what they act on is the same in both."""
+        told = (self.num_tokens, self.program, self.config, self.is_valid)
+        return told == (wish.num_tokens, wish.program, wish.config, wish.is_valid)
+
     @classmethod
     def idle(cls, program: str, config: str) -> Self:
         return cls(0, 0, 0, False, False, False, program, config)
@@ -83,13 +89,19 @@ class Limits:
     min_prefill_tokens: int
     least_rows: int = 1
 
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Those of the options; a single row is a size that Inductor specialises on."""
+        return cls(config.num_microbatches, *config.least_tokens, least_rows=2 if config.inner == "inductor" else 1)
+
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
     """How a step is played, the same on every rank: it has nothing in it that only one rank knows.
 
     Every rank plays `padded_tokens` in `num_microbatches` (1: unsplit, `reason` says why; 0: nothing is played),
-    whatever its own number in `num_tokens`. With `gate`, both programs are played and compared.
+    whatever its own number in `num_tokens`. With `gate`, both programs are played and compared. `followers` are the
+    ranks whose graph is not split: such a graph cannot be padded, and then none is.
     """
 
     num_tokens: tuple[int, ...]
@@ -99,6 +111,7 @@ class BatchPlan:
     gate: bool
     phase: Phase
     reason: str
+    followers: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         if not self.num_microbatches:
@@ -130,18 +143,19 @@ def decide(wishes: Sequence[Wish], limits: Limits) -> BatchPlan:
         return BatchPlan(num_tokens, 0, 0, 0, gate=False, phase=Phase.IDLE, reason="no rank has tokens")
     padded = max(wish.padded_tokens for wish in busy.values())
     phase = Phase.DECODE if all(wish.decode for wish in busy.values()) else Phase.PREFILL
-    reason = _why_not_split(busy, padded, phase, limits)
+    followers = tuple(rank for rank, wish in busy.items() if wish.program == NOT_SPLIT)
+    reason = f"the graph of {listed(followers)} is not split" if followers else ""
+    reason = reason or _why_not_split(busy, padded, phase, limits)
+    num_microbatches = 1 if reason else limits.num_microbatches
     gate = not reason and any(wish.wants_gate for wish in busy.values())
     num_elements = max(wish.num_elements for wish in busy.values())
-    return BatchPlan(num_tokens, padded, num_elements, 1 if reason else limits.num_microbatches, gate, phase, reason)
+    return BatchPlan(num_tokens, padded, num_elements, num_microbatches, gate, phase, reason, followers)
 
 
 def _why_not_split(busy: Mapping[int, Wish], padded: int, phase: Phase, limits: Limits) -> str:
     n, least = limits.num_microbatches, limits.least_rows
     if n == 1:
         return "num_microbatches=1"
-    if whole := [rank for rank, wish in busy.items() if wish.program == NOT_SPLIT]:
-        return f"the graph of {listed(whole)} is not split"
     if unwilling := [rank for rank, wish in busy.items() if not wish.wants_split]:
         return f"{listed(unwilling)} declined"
     threshold = limits.min_decode_tokens if phase is Phase.DECODE else limits.min_prefill_tokens

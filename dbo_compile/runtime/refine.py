@@ -51,9 +51,8 @@ class Refiner:
     def make(self, size: Size, costs: Costs) -> None:
         """Make the program for these costs, which all ranks have alike."""
         self.costs[size] = costs
-        with self._agreement.busy():
+        with self._agreement.compiling():
             self.programs[size] = self._replan(costs)
-        self._agreement.share([0], patient=True)
 
     def forget(self) -> None:
         self.programs.clear()

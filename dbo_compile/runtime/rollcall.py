@@ -21,6 +21,10 @@ WATCH_SECONDS = 1.0
 """How long signs of life are watched before a rank is called silent: longer than a rank may wait before its first."""
 GRACE_SECONDS = WATCH_SECONDS + 3 * BEAT_SECONDS
 PROMPT_SECONDS = 1.0
+BUSY_SECONDS = 1800.0
+"""How long a rank is waited for that says that it compiles."""
+COMPILING = -1
+"""The step of a rank that compiles."""
 
 
 class Roll:
@@ -50,13 +54,13 @@ class Roll:
         return {rank: sign for rank, sign in found.items() if sign}
 
     @contextmanager
-    def living(self) -> Generator[None]:
+    def compiling(self) -> Generator[None]:
         """Give signs of life for as long as it lasts, although this rank has come to no step."""
         ended = threading.Event()
 
         def live() -> None:
             for beat in count():
-                self.sign(-1, beat)
+                self.sign(COMPILING, beat)
                 if ended.wait(BEAT_SECONDS):
                     return
 
@@ -89,17 +93,18 @@ class Roll:
 class RollCall:
     """Gives signs of life while a rank waits in a step, and names the ranks that give none.
 
-    It judges at `deadline`, a time of `time.monotonic`, or sooner: after `fail`, as soon as one rank only can have
-    caused it. A rank that came and then fell silent counts as not come. One that has not come but lives is waited for
-    until `last_deadline`.
+    It judges `timeout_s` after the wait began (`since`, a time of `time.monotonic`), or sooner: after `fail`, as soon
+    as one rank only can have caused it. A rank that came and then fell silent counts as not come. While one that has
+    not come says that it compiles, all wait, up to `BUSY_SECONDS`, and from then on `timeout_s` once more.
     """
 
-    def __init__(self, roll: Roll, step: int, what: str, deadline: float, last_deadline: float) -> None:
+    def __init__(self, roll: Roll, step: int, what: str, since: float, timeout_s: float) -> None:
         self._roll = roll
         self._step = step
         self._what = what
-        self._deadline = deadline
-        self._last_deadline = last_deadline
+        self._timeout_s = timeout_s
+        self._deadline = since + timeout_s
+        self._last_deadline = since + max(timeout_s, BUSY_SECONDS)
         self._since = time.monotonic()
         self._num_beats = 0
         self._verdict = ""
@@ -146,12 +151,12 @@ class RollCall:
     def _judge(self) -> str:
         if not self._failure and time.monotonic() < self._deadline:
             return ""
-        missing, alive = self._missing()
+        missing, compiling = self._missing()
         now = time.monotonic()
         if self._ended.is_set():
             return ""
-        if not self._failure and missing and missing == alive and now < self._last_deadline:
-            self._deadline = min(self._last_deadline, now + WATCH_SECONDS)
+        if not self._failure and missing and missing == compiling and now < self._last_deadline:
+            self._deadline = min(self._last_deadline, now + self._timeout_s)
         elif not self._failure and not missing and not self._all_came:
             self._all_came, self._deadline = True, now  # the last one has just come: one more look
         elif len(missing) == 1 or now >= self._deadline:
@@ -159,7 +164,7 @@ class RollCall:
         return ""
 
     def _missing(self) -> tuple[list[int], list[int]]:
-        """The ranks that did not come to the step, or show no life any more; and those of them that live."""
+        """The ranks that did not come to the step, or show no life any more; and those of them that compile."""
         before = self._roll.signs()
         until = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < until and not self._ended.wait(BEAT_SECONDS):
@@ -168,7 +173,7 @@ class RollCall:
         others = [rank for rank in range(self._roll.num_ranks) if rank != self._roll.rank]
         lives = {rank: rank in after and after[rank] != before.get(rank) for rank in others}
         missing = [rank for rank in others if not lives[rank] or _step_of(after[rank]) < self._step]
-        return missing, [rank for rank in missing if lives[rank]]
+        return missing, [rank for rank in missing if lives[rank] and _step_of(after[rank]) == COMPILING]
 
     def _words(self, missing: Sequence[int]) -> str:
         waited = f"within {time.monotonic() - self._since:.1f} s"

@@ -24,6 +24,7 @@ class Guards:
         self.guards = tuple(guards)
         self.symbols = tuple(symbols)
         self._broken: dict[tuple[int, ...], sympy.Expr | None] = {}
+        self._rows: dict[tuple[int, ...], tuple[int, ...] | NotSplit] = {}
 
     @property
     def know_others(self) -> bool:
@@ -36,6 +37,22 @@ class Guards:
         if key not in self._broken:
             self._broken[key] = self._find_broken(rows, others)
         return self._broken[key]
+
+    def rows_of(
+        self, num_tokens: int, others: Sequence[int], *, num_microbatches: int, least_rows: int
+    ) -> tuple[int, ...]:
+        """What `find_rows` found, or raised, for the same numbers."""
+        key = (num_tokens, *others, num_microbatches, least_rows)
+        if key not in self._rows:
+            try:
+                self._rows[key] = find_rows(
+                    num_tokens, others, self, num_microbatches=num_microbatches, least_rows=least_rows
+                )
+            except NotSplit as why:
+                self._rows[key] = why
+        if isinstance(rows := self._rows[key], NotSplit):
+            raise rows
+        return rows
 
     def _find_broken(self, rows: int, others: Sequence[int]) -> sympy.Expr | None:
         given = {TOKENS: rows, **dict(zip(self.symbols, others, strict=True))}

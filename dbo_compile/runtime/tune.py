@@ -27,7 +27,7 @@ LEAST_GAIN = 0.01
 """A split must be faster by this share, or the simpler way is kept: noise must not decide."""
 
 
-SPLIT, REFINED, UNSPLIT, INDUCTOR = "split", "refined", "unsplit", "inductor"
+WAYS = SPLIT, REFINED, UNSPLIT, INDUCTOR = "split", "refined", "unsplit", "inductor"
 """The ways to play a step: split in the order of modelled costs, or of measured ones; the same segments on all rows;
 the whole graph as Inductor compiles it."""
 
@@ -98,6 +98,10 @@ class Tuner:
         for gone in taken.keys() - set(ways):
             del taken[gone]
         return min(ways, key=lambda way: len(taken[way])), True
+
+    def num_trials(self, size: Size) -> int:
+        """How often a size was timed that is not decided yet."""
+        return sum(map(len, self._taken.get(size, {}).values()))
 
     def took(self, size: Size, way: str, seconds: float, costs: Costs) -> None:
         """Note a time; after the last trial, ranks agree on the slowest of them for each way."""

@@ -77,9 +77,8 @@ class Ways:
     def prepare(self, way: str) -> None:
         """Have Inductor compile the whole graph, if it is what is to be played; all ranks do at the same place."""
         if way == INDUCTOR and self._inductor is None and self.whole.compile:
-            with self.agreement.busy():
+            with self.agreement.compiling():
                 self._inductor = self.whole.compile()
-            self.agreement.share([0], patient=True)  # so that no rank waits for another in the middle of a step
 
     def play(
         self,

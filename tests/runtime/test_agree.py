@@ -10,8 +10,9 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from hypothesis import strategies as st
 
 from dbo_compile.config import Config
 from dbo_compile.errors import Disagreement, RankLost
-from dbo_compile.runtime import agree, rollcall
-from dbo_compile.runtime.agree import Agreement
+from dbo_compile.runtime import agree, links, rollcall
+from dbo_compile.runtime.agree import Agreement, agreement_over
 from dbo_compile.runtime.plan import NUM_ROWS, BatchPlan, Limits, Phase, Wish, decide, listed
 from dbo_compile.runtime.rollcall import Roll, RollCall
 from tests.ranks import Ranks
@@ -231,91 +232,49 @@ def test_a_step_is_announced_once():
 # -- simulated ranks --------------------------------------------------------------------------------------------------
 
 
-class Sums:
-    """An all-reduce between threads."""
-
-    def __init__(self, num_ranks):
-        self.num_ranks = num_ranks
-        self.came = threading.Condition()
-        self.steps = {}
-        self.num_calls = [0] * num_ranks
-        self.store = dist.HashStore()
-
-    def link(self, store, rank, num_ranks, timeout):
-        return Link(self, rank)
-
-
 class Group:
     """What an agreement asks of a `torch.distributed.ProcessGroup`."""
 
-    def __init__(self, sums, rank):
-        self.sums, self._rank = sums, rank
+    def __init__(self, store, rank, num_ranks):
+        self.store, self._rank, self._num_ranks = store, rank, num_ranks
 
     def size(self):
-        return self.sums.num_ranks
+        return self._num_ranks
 
     def rank(self):
         return self._rank
 
     def get_group_store(self):
-        return self.sums.store
-
-
-class Link:
-    def __init__(self, sums, rank):
-        self.sums, self.rank = sums, rank
-
-    def allreduce(self, tensors, options):
-        sums, (tensor,) = self.sums, tensors
-        step = sums.num_calls[self.rank]
-        sums.num_calls[self.rank] += 1
-        with sums.came:
-            sums.steps.setdefault(step, {})[self.rank] = tensor.clone()
-            sums.came.notify_all()
-        return Work(sums, sums.steps[step], tensor)
-
-
-class Work:
-    def __init__(self, sums, parts, tensor):
-        self.sums, self.parts, self.tensor = sums, parts, tensor
-
-    def is_completed(self):
-        return len(self.parts) == self.sums.num_ranks
-
-    def wait(self, timeout=None):
-        with self.sums.came:
-            if not self.sums.came.wait_for(self.is_completed, timeout and timeout.total_seconds()):
-                raise RuntimeError("Operation timed out!")
-        self.tensor.copy_(sum(self.parts.values()))
-        return True
+        return self.store
 
 
 @pytest.fixture
-def simulated(monkeypatch):
-    def run(num_ranks, play, timeout_s=5.0):
-        """What `play(rank, agreement)` returns or raises on each of so many ranks."""
-        sums = Sums(num_ranks)
-        monkeypatch.setattr(agree, "ProcessGroupGloo", sums.link)
-        agreements = [Agreement(Group(sums, rank), timeout_s=timeout_s) for rank in range(num_ranks)]
-
-        def guarded(rank):
-            try:
-                return play(rank, agreements[rank])
-            except (Disagreement, RankLost) as error:
-                return f"{type(error).__name__}: {error}"
-
+def simulated():
+    def run(num_ranks, play, timeout_s=5.0, device=agree.CPU, groups=Group):
+        """What `play(rank, agreement)` returns or raises on each of so many ranks, each a thread."""
+        store = dist.HashStore()
         with ThreadPoolExecutor(num_ranks) as pool:
-            results = list(pool.map(guarded, range(num_ranks)))
-        return results, sums
+            made = [
+                pool.submit(Agreement, groups(store, rank, num_ranks), timeout_s=timeout_s, device=device)
+                for rank in range(num_ranks)
+            ]
+            agreements = [agreement.result() for agreement in made]
+            return list(pool.map(guarded, [play] * num_ranks, range(num_ranks), agreements))
 
     return run
 
 
+def guarded(play, rank, agreement):
+    try:
+        return play(rank, agreement)
+    except (Disagreement, RankLost) as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def test_every_rank_gets_the_plan_that_follows_from_all_wishes(simulated):
     step = [wish(37, 40), IDLE, wish(19, gate=True)]
-    plans, sums = simulated(3, lambda rank, agreement: [agreement.agree(step[rank], LIMITS) for _ in range(3)])
+    plans = simulated(3, lambda rank, agreement: [agreement.agree(step[rank], LIMITS) for _ in range(3)])
     assert plans == [[decide(step, LIMITS)] * 3] * 3
-    assert sums.num_calls == [3, 3, 3]
 
 
 def test_a_step_in_time_leaves_nothing_in_the_store(simulated):
@@ -323,7 +282,7 @@ def test_a_step_in_time_leaves_nothing_in_the_store(simulated):
         agreement.agree(wish(19), LIMITS)
         return [sign for sign in agreement._roll.signs().values() if not sign.startswith("0 ")]  # 0: connecting
 
-    assert simulated(3, play)[0] == [[]] * 3
+    assert simulated(3, play) == [[]] * 3
 
 
 def test_a_slow_rank_is_waited_for(simulated):
@@ -331,7 +290,7 @@ def test_a_slow_rank_is_waited_for(simulated):
         time.sleep(0.9 * (rank == 1))
         return agreement.agree(wish(19 + rank), LIMITS).num_tokens
 
-    assert simulated(2, play)[0] == [(19, 20)] * 2
+    assert simulated(2, play) == [(19, 20)] * 2
 
 
 def test_a_rank_that_comes_while_the_roll_is_called_is_in_time(simulated):
@@ -339,22 +298,73 @@ def test_a_rank_that_comes_while_the_roll_is_called_is_in_time(simulated):
         time.sleep(1.1 * (rank == 1))
         return agreement.agree(wish(19 + rank), LIMITS).num_tokens
 
-    assert simulated(3, play, timeout_s=0.6)[0] == [(19, 20, 21)] * 3
+    assert simulated(3, play, timeout_s=0.6) == [(19, 20, 21)] * 3
 
 
-def test_a_rank_that_compiles_is_waited_for_by_the_patient(simulated):
+def test_a_rank_that_compiles_is_waited_for(simulated):
     def play(rank, agreement):
         if rank == 1:
             with agreement.busy():
                 time.sleep(3.1)
-        return agreement.agree(wish(19 + rank), LIMITS, patient=True).num_tokens
+        return agreement.agree(wish(19 + rank), LIMITS).num_tokens
 
-    assert simulated(3, play, timeout_s=0.6)[0] == [(19, 20, 21)] * 3
+    assert simulated(3, play, timeout_s=0.6) == [(19, 20, 21)] * 3
+
+
+def test_a_rank_that_has_compiled_and_does_not_come_is_named(simulated):
+    def play(rank, agreement):
+        if rank == 1:
+            with agreement.busy():
+                time.sleep(2.1)
+            return time.monotonic()
+        try:
+            agreement.agree(wish(19), LIMITS)
+        except RankLost as error:
+            return str(error), time.monotonic()
+
+    (one, at), compiled, (two, _) = simulated(3, play, timeout_s=0.6)
+    assert one == two
+    assert one.startswith("rank 1 did not agree on step 1 within ")
+    assert at - compiled < 0.6 + 2.0
+
+
+def test_ranks_that_compile_for_too_long_are_lost_too(simulated, monkeypatch):
+    monkeypatch.setattr(rollcall, "BUSY_SECONDS", 1.5)
+
+    def play(rank, agreement):
+        with agreement.busy() if rank == 1 else nullcontext():
+            time.sleep(4.5 * (rank == 1))
+        return rank == 1 or agreement.agree(wish(19), LIMITS)
+
+    assert simulated(2, play, timeout_s=0.6)[0].startswith("RankLost: rank 1 did not agree on step 1 within ")
+
+
+def test_what_dynamo_compiles_is_told_to_the_others():
+    told = []
+    agreement = Agreement(None, timeout_s=1.0)
+    agreement.busy = lambda: recorded(told)
+    group = Group(dist.HashStore(), 0, 1)
+    agree._agreements[group] = {(1.0, agree.CPU): agreement}
+    agreement_over(group, 1.0)
+    compiled = torch.compile(lambda x: x + len(told), backend="eager")
+    assert compiled(torch.zeros(3)).tolist() == [1, 1, 1]
+    assert told == ["begins", "ended"]
+    compiled(torch.zeros(3))
+    assert told == ["begins", "ended"] * 2  # the guard on `told` made it compile again
+
+
+@contextmanager
+def recorded(told):
+    told.append("begins")
+    try:
+        yield
+    finally:
+        told.append("ended")
 
 
 def test_different_programs_are_the_same_error_on_every_rank(simulated):
     step = [wish(37), wish(19, program=OTHER), wish(23)]
-    errors, _ = simulated(3, lambda rank, agreement: agreement.agree(step[rank], LIMITS))
+    errors = simulated(3, lambda rank, agreement: agreement.agree(step[rank], LIMITS))
     assert errors == [errors[0]] * 3
     assert f"(ranks 0 and 2: {PROGRAM}, rank 1: {OTHER})" in errors[0]
 
@@ -369,9 +379,7 @@ def test_ranks_may_announce_or_not(simulated):
             found.append(agreement.agree(mine, LIMITS))
         return found
 
-    plans, sums = simulated(2, play)
-    assert plans == [[decide([wish(19 + i), wish(26 + i)], LIMITS) for i in range(4)]] * 2
-    assert sums.num_calls == [4, 4]
+    assert simulated(2, play) == [[decide([wish(19 + i), wish(26 + i)], LIMITS) for i in range(4)]] * 2
 
 
 def test_a_rank_that_breaks_its_word_is_an_error_on_every_rank(simulated):
@@ -386,7 +394,7 @@ def test_a_rank_that_breaks_its_word_is_an_error_on_every_rank(simulated):
         return agreement.agree(wish(31), LIMITS)
 
     began = time.monotonic()
-    (one, broke, two), _ = simulated(3, play, timeout_s=20.0)
+    one, broke, two = simulated(3, play, timeout_s=20.0)
     assert re.match(r"Disagreement: rank 1 announced Wish\(num_tokens=19, .*, but came with Wish\(num_tokens=23", broke)
     assert one == two == broke.replace("Disagreement: ", "RankLost: rank 1 left: ")
     assert time.monotonic() - began < 3.0
@@ -399,7 +407,7 @@ def test_a_rank_that_leaves_is_not_waited_for(simulated):
         return agreement.agree(wish(19), LIMITS)
 
     began = time.monotonic()
-    errors, _ = simulated(3, play, timeout_s=20.0)
+    errors = simulated(3, play, timeout_s=20.0)
     assert errors == ["RankLost: rank 1 left: 300 tokens are too many"] * 3
     assert time.monotonic() - began < 3.0
 
@@ -410,7 +418,7 @@ def test_a_rank_that_comes_after_it_was_given_up_raises_what_the_others_did(simu
         time.sleep(3.0 * (rank == 1))
         return agreement.agree(wish(19), LIMITS)
 
-    errors, _ = simulated(3, play, timeout_s=0.6)
+    errors = simulated(3, play, timeout_s=0.6)
     assert errors == [errors[0]] * 3
     assert re.match(r"RankLost: rank 1 did not agree on step 2 within \d\.\d s$", errors[0])
 
@@ -421,21 +429,23 @@ def test_a_rank_that_came_and_fell_silent_is_named(simulated):
             return agreement._roll.sign(1, 7)
         return agreement.agree(wish(19), LIMITS)
 
-    errors, _ = simulated(3, play, timeout_s=0.6)
+    errors = simulated(3, play, timeout_s=0.6)
     assert errors[0] == errors[2]
     assert errors[0].startswith("RankLost: rank 1 did not agree on step 1 within ")
 
 
-def test_an_all_reduce_that_fails_is_blamed_at_once_on_the_only_rank_missing(simulated, monkeypatch):
-    def broken(self, timeout=None):
-        raise RuntimeError("Connection closed by peer\nand much more")
+def test_a_connection_that_breaks_is_blamed_at_once_on_the_only_rank_missing(simulated):
+    def play(rank, agreement):
+        if rank == 1:
+            for connection in agreement._link.sockets.values():
+                connection.close()
+            return ""
+        return agreement.agree(wish(19), LIMITS)
 
-    monkeypatch.setattr(Work, "is_completed", lambda self: True)
-    monkeypatch.setattr(Work, "wait", broken)
     began = time.monotonic()
-    errors, _ = simulated(3, lambda rank, agreement: rank == 1 or agreement.agree(wish(19), LIMITS), timeout_s=20.0)
+    errors = simulated(3, play, timeout_s=20.0)
     assert errors[0] == errors[2]
-    assert re.match(r"RankLost: rank 1 did not agree on step 1 .* s \(Connection closed by peer\)$", errors[0])
+    assert re.match(r"RankLost: rank 1 did not agree on step 1 .* s \(connection to rank 1: .*\)$", errors[0])
     assert time.monotonic() - began < 3.0
 
 
@@ -446,37 +456,76 @@ def test_a_store_that_is_gone_does_not_hold_up_the_error(monkeypatch):
 
     monkeypatch.setattr(rollcall, "GRACE_SECONDS", 0.3)
     began = time.monotonic()
-    call = RollCall(Roll(Gone(), 0, 2), 1, "agree on step 1", began + 0.3, began + 0.3)
+    call = RollCall(Roll(Gone(), 0, 2), 1, "agree on step 1", began, 0.3)
     assert call.verdict().startswith("ranks did not all agree on step 1, nor does their store say who is missing")
     assert time.monotonic() - began < 1.0
 
 
-def test_an_agreement_made_in_inference_mode_serves_outside_of_it(monkeypatch):
-    sums = Sums(2)
-    monkeypatch.setattr(agree, "ProcessGroupGloo", sums.link)
-    with torch.inference_mode():
-        made = [Agreement(Group(sums, rank), timeout_s=1.0) for rank in range(2)]
-    for agreement in made:
-        agreement.agree_ahead(wish(19))
-    assert made[0].agree(wish(19), LIMITS).num_tokens == (19, 19)
+class Sums(Group):
+    """An all-reduce between threads, as if on an accelerator."""
+
+    came, of_all = threading.Condition(), {}
+
+    def __init__(self, store, rank, num_ranks):
+        super().__init__(store, rank, num_ranks)
+        self.step = 0
+        self.parts = self.of_all.setdefault(id(store), {})
+
+    def allreduce(self, tensors):
+        (tensor,), self.step = tensors, self.step + 1
+        with self.came:
+            parts = self.parts.setdefault(self.step, {})
+            parts[self._rank] = tensor.clone()
+            self.came.notify_all()
+        return Sum(parts, self._num_ranks, tensor)
 
 
-def test_a_device_is_asked_until_its_all_reduce_is_done(simulated):
+class Sum:
+    def __init__(self, parts, num_ranks, tensor):
+        self.parts, self.num_ranks, self.tensor = parts, num_ranks, tensor
+
+    def is_completed(self):
+        return len(self.parts) == self.num_ranks
+
+    def wait(self):
+        self.tensor.copy_(sum(self.parts.values()))
+        return True
+
+
+DEVICE = torch.device("meta")
+"""Not the CPU; its tensors are put on the CPU all the same."""
+
+
+@pytest.fixture
+def on_device(simulated, monkeypatch):
+    zeros = torch.zeros
+    monkeypatch.setattr(links.torch, "Stream", lambda _device: nullcontext())
+    monkeypatch.setattr(links.torch, "zeros", lambda *shape, dtype, device: zeros(*shape, dtype=dtype))
+    return partial(simulated, device=DEVICE, groups=Sums)
+
+
+def test_a_device_is_asked_until_its_all_reduce_is_done(on_device):
     def play(rank, agreement):
-        agreement._stream = nullcontext()  # as if the numbers lived on an accelerator
         time.sleep(0.7 * (rank == 1))
         return [agreement.agree(wish(19 + rank), LIMITS).num_tokens for _ in range(2)]
 
-    assert simulated(2, play)[0] == [[(19, 20)] * 2] * 2
+    assert on_device(2, play) == [[(19, 20)] * 2] * 2
 
 
-def test_a_device_that_never_comes_is_named_too(simulated):
-    def play(rank, agreement):
-        agreement._stream = nullcontext()
-        return rank == 1 or agreement.agree(wish(19), LIMITS)
-
-    errors, _ = simulated(2, play, timeout_s=0.6)
+def test_a_device_that_never_comes_is_named_too(on_device):
+    errors = on_device(2, lambda rank, agreement: rank == 1 or agreement.agree(wish(19), LIMITS), timeout_s=0.6)
     assert errors[0].startswith("RankLost: rank 1 did not agree on step 1 within ")
+
+
+def test_an_agreement_made_in_inference_mode_serves_outside_of_it(on_device):
+    def play(rank, agreement):
+        agreement.agree_ahead(wish(19))
+        return agreement.agree(wish(19), LIMITS).num_tokens
+
+    with torch.inference_mode():
+        made = on_device(2, lambda _rank, agreement: agreement)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(play, range(2), made)) == [(19, 19)] * 2
 
 
 # -- real ranks -------------------------------------------------------------------------------------------------------

@@ -72,16 +72,16 @@ def test_rows_keep_every_guard(n, tokens, found):
 
 def test_a_guard_may_speak_of_another_symbol_of_the_call():
     found = engine(sympy.Eq(Mod(TOKENS * LENGTH, 6), 0), symbols={LENGTH: 1})
-    assert found.rows_of(18, 5) == (6, 12)
-    assert found.rows_of(18, 2) == (9, 9)
+    assert found.planner.rows_of(18, 5) == (6, 12)
+    assert found.planner.rows_of(18, 2) == (9, 9)
     assert found(torch.ones(18, 2), 5) == ((6, 12),)
 
 
 def test_a_guard_that_divides_by_no_rows_does_not_hold():
     found = engine(sympy.Eq(Mod(TOKENS, FloorDiv(TOKENS, 4)), 0))
-    assert found.rows_of(9) == (5, 4)
+    assert found.planner.rows_of(9) == (5, 4)
     with pytest.raises(NotSplit, match="no split of 4 tokens"):
-        found.rows_of(4)
+        found.planner.rows_of(4)
 
 
 @pytest.mark.parametrize(

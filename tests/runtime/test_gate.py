@@ -136,7 +136,7 @@ def test_a_result_that_lies_in_state_is_kept_apart():
 
 def test_what_another_rank_found_counts_here():
     class Two(Agreement):
-        def share(self, values, *, patient=False):
+        def share(self, values):
             return [tuple(values), (1,)]
 
     trial = Trial(ways(right), Two(None, timeout_s=1.0), 7, [X])

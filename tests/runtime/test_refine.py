@@ -26,7 +26,7 @@ class Two(Agreement):
         super().__init__(None, timeout_s=1.0)
         self.theirs = theirs
 
-    def share(self, values, *, patient=False):
+    def share(self, values):
         return [tuple(values), tuple(self.theirs) if len(values) > 1 else tuple(values)]
 
 

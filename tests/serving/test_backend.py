@@ -157,12 +157,11 @@ def test_a_padded_step_is_split_only_if_every_rank_can(mine, other, rows):
     programs = Programs({}, Guards((), ()), "5" * 16)
     agreement = OtherRank(can_split=other)
     engine = Engine(programs, Whole(lambda *_: ()), signature, agreement, Config(pad_to=[6], inner="eager"))
-    args = [torch.zeros(5, 3), bounds]
-    table = requests.read(args, 5)
-    assert engine._can_split(5, lambda n: engine._cut(n, args, table)) is mine
+    call = engine.planner.read([torch.zeros(5, 3), bounds])
+    assert engine.planner._wish(call).wants_split is mine
     plan = BatchPlan((5, 5), 6, 18, 2, gate=False, phase=Phase.PREFILL, reason="")
-    cut, reason = engine._split(plan, 6, args, table)
-    assert (cut.rows, bool(reason)) == (rows, not rows)
+    turn = engine.planner.turn(plan, call)
+    assert (turn.cut.rows, bool(turn.reason), turn.num_rows) == (rows, not rows, 6)
     assert agreement.asked == [(mine,)]
 
 
