@@ -19,6 +19,7 @@ from dbo_compile.runtime.given import RequestInputs
 from dbo_compile.runtime.plan import BatchPlan, Phase
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.signature import Signature, TokenInput
+from dbo_compile.runtime.tune import INDUCTOR, SPLIT, UNSPLIT, WAYS
 from dbo_compile.runtime.ways import Programs, Whole
 from tests.serving.model import AXES, BLOCK, NUM_BLOCKS, Model, Pages, caches, step_of
 from tests.serving.test_serving import mixed, random_steps, twin
@@ -138,12 +139,12 @@ def test_wrong_metadata_is_an_error_before_anything_is_written(group, entry, spo
 class OtherRank:
     """An agreement with a rank that says of every step whether it can split it."""
 
-    rank, size, announced, wait_for = 0, 2, None, None
+    rank, size, wait_for = 0, 2, None
 
     def __init__(self, *, can_split: bool) -> None:
         self.can_split, self.asked = can_split, []
 
-    def share(self, values, **_):
+    def share(self, values):
         self.asked.append(tuple(values))
         return [tuple(values), (self.can_split,)]
 
@@ -163,6 +164,27 @@ def test_a_padded_step_is_split_only_if_every_rank_can(mine, other, rows):
     turn = engine.planner.turn(plan, call)
     assert (turn.cut.rows, bool(turn.reason), turn.num_rows) == (rows, not rows, 6)
     assert agreement.asked == [(mine,)]
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "common"),
+    [
+        ((SPLIT, True, 3, 3), (SPLIT, True, 3, 3), (SPLIT, True)),
+        ((SPLIT, False, 0, 3), (SPLIT, False, 0, 3), (SPLIT, False)),
+        ((SPLIT, True, 3, 3), (SPLIT, True, 4, 3), (UNSPLIT, False)),
+        ((SPLIT, True, 3, 3), (UNSPLIT, True, 3, 3), (UNSPLIT, False)),
+        ((INDUCTOR, True, 5, 3), (SPLIT, False, 0, 3), (SPLIT, False)),
+        ((SPLIT, True, 0, 3), (INDUCTOR, False, 0, 3), (UNSPLIT, False)),
+    ],
+)
+def test_ranks_that_may_play_other_graphs_time_in_step_or_not_at_all(mine, theirs, common):
+    """A step of one request is a graph of its own, with decisions of its own: a rank that would time alone waits
+    forever for the others' figures."""
+    agreement = OtherRank(can_split=True)
+    agreement.share = lambda values: [tuple(values), (WAYS.index(theirs[0]), *theirs[1:])]
+    programs = Programs({}, Guards((), ()), "5" * 16)
+    engine = Engine(programs, Whole(lambda *_: ()), Signature((TokenInput(0, 0, "x"),)), agreement, Config())
+    assert engine._common_way(*mine) == common
 
 
 def test_the_gate_finds_that_microbatches_write_and_attend_in_the_wrong_order(group, monkeypatch):
