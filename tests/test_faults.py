@@ -1,9 +1,9 @@
 """One rank of several goes wrong: every other one gets an error that names it, in time, and can go on.
 
 Each trial takes a rank, a step and a place in it at random (seeded). `FAULT_TRIALS=20` has twenty trials instead of
-four of the faults that hang or break systems like this one; the others always have four. Several worlds of ranks play at the
-same time, since most of it is waiting; trials of a fault that leaves the ranks as they were follow each other on one
-compiled model.
+four of the faults that hang or break systems like this one; the others always have four. Several worlds of ranks play
+at the same time, since most of it is waiting; trials of a fault that leaves the ranks as they were follow each other on
+one compiled model.
 """
 
 from __future__ import annotations
