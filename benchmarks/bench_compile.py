@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dbo": {"backend": "dbo", "options": {"split": "always", "gate": "never"}},
     "dbo, auto": {"backend": "dbo"},
 }
-AUTO_TRIALS = 20
+AUTO_TRIALS = 40
 
 
 def main() -> None:

@@ -73,12 +73,14 @@ def slopes(took: Took, switches: Mapping[int, Mapping[str, int]]) -> Table:
     """What a further switch costs: the step of most layers less that of fewest, without what every step has once."""
     few, many = min(took), max(took)
     further = {way: took[many][way].median - took[few][way].median for way in took[few]}
+    num_more = num_exchanges(many) - num_exchanges(few)
+    a_switch = {way: s / max(1, switches[many][way] - switches[few][way]) for way, s in further.items()}
     rows = [
-        (way, micro(s / max(1, switches[many][way] - switches[few][way])),
-         micro(s / max(1, num_exchanges(many) - num_exchanges(few))), f"{further[KEPT] / s:.1f}" if s else "-")
+        (way, micro(a_switch[way]), f"{a_switch[KEPT] / a_switch[way]:.1f}", micro(s / max(1, num_more)),
+         f"{further[KEPT] / s:.1f}") if s else (way, *"----")
         for way, s in further.items()
     ]  # fmt: skip
-    columns = ("way", "us a further switch", "us a further exchange", "threads, kept / this, an exchange")
+    columns = ("way", "us a further switch", "threads, kept / this", "us a further exchange", "threads, kept / this")
     return Table(columns, rows, title=f"From {few} to {many} layers")
 
 

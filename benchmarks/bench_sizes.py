@@ -28,8 +28,8 @@ from dbo_compile.runtime.tune import Size
 SIZES = tuple(2**i for i in range(13))
 TYPICAL_SIZE = 512
 """The size for which a ratio of communication to compute is meant; smaller sizes have their own."""
-TRIALS = 32
-"""Calls after which dbo has decided: five of each of four ways, eight to measure costs, the gate."""
+TRIALS = 60
+"""Calls after which dbo has decided: twelve of each of four ways at most, eight to measure costs, the gate."""
 REFERENCE_MBIT = 1000.0
 
 

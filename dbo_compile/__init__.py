@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dbo_compile.rules.registry import rule as register_rule
     from dbo_compile.rules.requests import register_attention_op
     from dbo_compile.runtime.tune import load_decisions
+    from dbo_compile.trust import token_local
 
 # Loaded when first asked for: TORCH_LOGS="+dbo_compile" imports this package while torch is half loaded.
 _HOMES = {
@@ -42,6 +43,7 @@ _HOMES = {
     "register_rule": ("rules.registry", "rule"),
     "reports": ("report", "reports"),
     "save_decisions": ("report", "save_decisions"),
+    "token_local": ("trust", "token_local"),
     "verify": ("explanation", "verify"),
 }
 
@@ -65,6 +67,7 @@ __all__ = [
     "register_rule",
     "reports",
     "save_decisions",
+    "token_local",
     "verify",
 ]
 

@@ -81,6 +81,11 @@ def data_symbols(graph: fx.Graph) -> dict[sympy.Symbol, fx.Node]:
     return symbols
 
 
+def is_vouched_for(node: fx.Node) -> bool:
+    """Whether the user says, by `dbo_compile.token_local`, that rows come back to their tokens here."""
+    return bool(node.meta.get("custom", {}).get("dbo_compile") == "token_local")
+
+
 def symbols_of(val: Any) -> set[sympy.Symbol]:
     """The symbols in a number, or in the sizes and strides of a tensor."""
     if isinstance(val, torch.Tensor):

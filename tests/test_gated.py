@@ -46,6 +46,14 @@ def routed(x, key):
     return rows[order.argsort()].sin(), x + 1
 
 
+def vouched(x, key):
+    order = key.argsort()
+    rows = torch.ops.gated.exchange(x[order].exp())
+    with dbo_compile.token_local():
+        back = rows[order.argsort()].sin()
+    return back, x + 1
+
+
 def written(x, state):
     state.add_(torch.ops.gated.average(x).sum(0))
     return x * state
@@ -98,6 +106,17 @@ def test_what_was_taken_on_trust_becomes_a_barrier_once_it_is_refuted(caplog):
     assert report.calls_split == 3
     assert len(caplog.records) == 1
     assert "is not taken on trust any more" in caplog.records[0].message
+
+
+def test_what_the_user_vouches_for_is_not_on_trust_and_a_wrong_word_is_found_out():
+    """Nothing is left that could be made a barrier, so all of it is played unsplit."""
+    x, key = inputs(10)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(vouched)(x, key), vouched(x, key))
+    report = reports()[-1]
+    assert report.obligations == {}
+    assert not report.split
+    assert "splitting changed" in report.reason
 
 
 def test_state_that_is_written_in_place_is_written_once_whatever_the_gate_finds():

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dbo_compile"
 
 FLOORS = (
-    ("errors", "axes"),
+    ("errors", "axes", "trust"),
     ("config", "log", "files", "advice"),
     ("ir",),
     ("compat",),

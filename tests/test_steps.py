@@ -173,7 +173,7 @@ def timed_steps(num_steps, path):
 
 
 def test_ranks_time_and_decide_together_and_a_restart_times_nothing_again(two, tmp_path):
-    answers = two.run(timed_steps, 32, str(tmp_path / "decisions.json"), timeout=300.0)
+    answers = two.run(timed_steps, 60, str(tmp_path / "decisions.json"), timeout=300.0)
     (decided, loaded, fingerprint), other = answers
     assert (decided, loaded, fingerprint) == other
     assert decided == loaded

@@ -170,7 +170,7 @@ class _Walk:
         ruling = rule(*g.map_nodes(node.args, self._argument), **g.map_nodes(node.kwargs, self._argument))
         if not isinstance(ruling, Ruling):
             ruling = Ruling(ruling)
-        if ruling.assumes:
+        if ruling.assumes and not g.is_vouched_for(node):
             self.obligations[node] = ruling.assumes
         if ruling.local_positions:
             self.localised[node] = None

@@ -23,6 +23,10 @@ Costs = Mapping[str, tuple[float, float]]
 
 TRIALS = 5
 """How often each way is timed; the first time, when memory and code are cold, does not count."""
+MORE_TRIALS = 12
+"""How often those ways are timed that come close to the fastest."""
+CLOSE = 1.2
+"""Times the fastest: what noise of a few trials may hide."""
 LEAST_GAIN = 0.01
 """A split must be faster by this share, or the simpler way is kept: noise must not decide."""
 
@@ -74,8 +78,21 @@ def fastest(seconds: Mapping[str, float]) -> str:
     return best_other
 
 
+@dataclass(slots=True)
+class _Trials:
+    """The seconds of each way so far, and the ways that are still timed (None: all of them)."""
+
+    taken: dict[str, list[float]] = field(default_factory=dict)
+    close: frozenset[str] | None = None
+
+    def among(self, ways: Sequence[str]) -> list[str]:
+        """Those of the ways that are still timed; they take turns, so all have been about as often."""
+        return [way for way in ways if self.close is None or way in self.close] or list(ways)
+
+
 class Tuner:
-    """Says which way to play next, is told how long it took, and decides after `TRIALS` of each.
+    """Says which way to play next, is told how long it took, and decides: after `TRIALS` of each way, or after
+    `MORE_TRIALS` of those that are close to the fastest then.
 
     `share` exchanges numbers between ranks, which all call it at the same place.
     """
@@ -83,7 +100,7 @@ class Tuner:
     def __init__(self, share: Share, decisions: Mapping[Size, Decision]) -> None:
         self.decisions = dict(decisions)
         self._share = share
-        self._taken: dict[Size, dict[str, list[float]]] = defaultdict(dict)
+        self._trials: dict[Size, _Trials] = defaultdict(_Trials)
 
     def way(self, size: Size, ways: Sequence[str]) -> tuple[str, bool]:
         """How to play a step that can be played in these `ways`, and whether it is to be timed."""
@@ -92,31 +109,38 @@ class Tuner:
             return ways[0], False
         if decision and decision.seconds.keys() >= set(ways):
             return fastest({way: decision.seconds[way] for way in ways}), False
-        taken = self._taken[size]
-        for way in ways:
-            taken.setdefault(way, [])
-        for gone in taken.keys() - set(ways):
-            del taken[gone]
-        return min(ways, key=lambda way: len(taken[way])), True
+        trials = self._trials[size]
+        if trials.taken.keys() != set(ways):  # another way has come, or one is not there any more
+            self._trials[size] = trials = _Trials({way: trials.taken.get(way, []) for way in ways})
+        return min(trials.among(ways), key=lambda way: len(trials.taken[way])), True
 
     def num_trials(self, size: Size) -> int:
         """How often a size was timed that is not decided yet."""
-        return sum(map(len, self._taken.get(size, {}).values()))
+        return sum(map(len, self._trials[size].taken.values())) if size in self._trials else 0
 
     def took(self, size: Size, way: str, seconds: float, costs: Costs) -> None:
         """Note a time; after the last trial, ranks agree on the slowest of them for each way."""
-        taken = self._taken[size]
-        taken[way].append(seconds)
-        if all(len(times) >= TRIALS for times in taken.values()):
-            medians = [statistics.median(times[1:]) for times in taken.values()]
-            worst = map(max, zip(*self._share([round(m * 1e9) for m in medians]), strict=True))
-            agreed = {way: w / 1e9 for way, w in zip(taken, worst, strict=True)}
-            self.decisions[size] = Decision(agreed, fastest(agreed), costs)
-            del self._taken[size]
+        trials = self._trials[size]
+        trials.taken[way].append(seconds)
+        needed = TRIALS if trials.close is None else MORE_TRIALS
+        if any(len(trials.taken[way]) < needed for way in trials.among(list(trials.taken))):
+            return
+        agreed = self._agreed(trials.taken)
+        close = frozenset(way for way, s in agreed.items() if s <= CLOSE * min(agreed.values()))
+        if trials.close is None and len(close) > 1:
+            trials.close = close
+            return
+        self.decisions[size] = Decision(agreed, fastest(agreed), costs)
+        del self._trials[size]
+
+    def _agreed(self, taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        medians = [statistics.median(times[1:]) for times in taken.values()]
+        worst = map(max, zip(*self._share([round(m * 1e9) for m in medians]), strict=True))
+        return {way: w / 1e9 for way, w in zip(taken, worst, strict=True)}
 
     def forget(self) -> None:
         self.decisions.clear()
-        self._taken.clear()
+        self._trials.clear()
 
 
 # -- decisions in a file ----------------------------------------------------------------------------------------------

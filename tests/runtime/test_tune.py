@@ -7,6 +7,7 @@ import torch
 
 from dbo_compile.runtime import tune
 from dbo_compile.runtime.tune import (
+    MORE_TRIALS,
     TRIALS,
     Decision,
     Size,
@@ -54,14 +55,37 @@ def test_a_split_must_be_faster_than_every_other_way(seconds, way):
 def test_ways_take_turns_and_the_cold_first_time_does_not_count():
     tuner = Tuner(alone, {})
     order = tuned(tuner, {"split": 0.3, "unsplit": 0.5, "inductor": 0.4})
-    assert order == WAYS * TRIALS
+    assert order == WAYS * TRIALS  # none is close to the fastest, so there are no more
     assert tuner.decisions == {SIZE: Decision({"split": 0.3, "unsplit": 0.5, "inductor": 0.4}, "split")}
     assert tuner.way(SIZE, WAYS) == ("split", False)
     assert str(tuner.decisions[SIZE]) == "split (split 300.00 ms, unsplit 500.00 ms, inductor 400.00 ms)"
 
 
+def test_ways_that_are_close_to_the_fastest_are_timed_more_often():
+    tuner = Tuner(alone, {})
+    order = tuned(tuner, {"split": 0.3, "unsplit": 0.5, "inductor": 0.31})
+    assert order == WAYS * TRIALS + ["split", "inductor"] * (MORE_TRIALS - TRIALS)
+    assert tuner.decisions[SIZE].seconds.keys() == set(WAYS)
+
+
+def test_more_trials_find_what_noise_has_hidden():
+    tuner, noisy = Tuner(alone, {}), {"split": [1.0] * TRIALS + [0.5] * 99, "unsplit": [0.9] * 99}
+    while (found := tuner.way(SIZE, list(noisy)))[1]:
+        tuner.took(SIZE, found[0], noisy[found[0]].pop(0), {})
+    assert tuner.decisions[SIZE].chosen == "split"
+
+
+def test_a_way_that_comes_late_is_timed_as_often_and_one_that_is_gone_no_more():
+    tuner = Tuner(alone, {})
+    for _ in range(2 * TRIALS):
+        way, _ = tuner.way(SIZE, ["split", "unsplit"])
+        tuner.took(SIZE, way, 1.0, {})
+    assert tuned(tuner, {"refined": 0.4, "unsplit": 1.0}) == ["refined"] * TRIALS
+    assert tuner.decisions[SIZE].seconds.keys() == {"refined", "unsplit"}
+
+
 def test_the_slowest_rank_counts_and_all_decide_alike():
-    mine, theirs = {"split": 0.3, "unsplit": 0.5}, {"split": 0.6, "unsplit": 0.4}
+    mine, theirs = {"split": 0.3, "unsplit": 0.5}, {"split": 0.7, "unsplit": 0.4}
     told = []
 
     def share(values):
@@ -71,7 +95,7 @@ def test_the_slowest_rank_counts_and_all_decide_alike():
     tuner = Tuner(share, {})
     tuned(tuner, mine)
     assert told == [[300_000_000, 500_000_000]]
-    assert tuner.decisions[SIZE] == Decision({"split": 0.6, "unsplit": 0.5}, "unsplit")
+    assert tuner.decisions[SIZE] == Decision({"split": 0.7, "unsplit": 0.5}, "unsplit")
 
 
 def test_each_size_is_timed_by_itself_and_a_size_that_cannot_be_split_uses_what_is_known():
