@@ -4,7 +4,8 @@
 
 Two ranks over loopback, one thread each. Agreement: the time from coming to a step until its plan is there, when both
 come at once, and when the wish was announced ahead. Dispatch: what a call of a compiled graph takes besides its
-segments, against the same function compiled by Inductor, whose time is subtracted from neither.
+segments, against the same function compiled by Inductor, whose time is subtracted from neither. Joins: what it costs to
+lay the rows of both microbatches together, as before a segment that is played once, next to a product of those rows.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from benchmarks.link import joined, start_ranks
 from benchmarks.results import Table, Timing, alternating, options, publish
 from dbo_compile.config import Config
 from dbo_compile.runtime.agree import Agreement
+from dbo_compile.runtime.lanes import WorkLanes
 from dbo_compile.runtime.plan import Limits, Wish
 
 WIDTH = 64
+JOINED = ((16, 512), (64, 512), (512, 512), (512, 2048), (2048, 2048))
 
 
 def main() -> None:
@@ -37,7 +40,7 @@ def main() -> None:
         sys.exit(start_ranks("benchmarks.bench_engine", sys.argv[1:], link=False))
     steps = 200 if args.quick else 5000
     with joined(args.rank), torch.no_grad():
-        tables = [agreement(steps), dispatch(max(20, steps // 25))]
+        tables = [agreement(steps), dispatch(max(20, steps // 25)), joins(max(20, steps // 50))]
         if args.rank == 0:
             publish("engine", "Host cost of the engine", tables, about=ABOUT, write=args.write)
 
@@ -99,6 +102,20 @@ def dispatch(repeats: int) -> Table:
     took = alternating(calls, repeats, before=dist.barrier)
     rows = [(name, t.us()) for name, t in took.items()]
     return Table(("a call", "us"), rows, title=f"Dispatch: 24 tokens of {WIDTH} numbers, one product, one all-reduce")
+
+
+def joins(repeats: int) -> Table:
+    """Microseconds of a join of two microbatches, and of a square product of all rows."""
+    rows = []
+    for num_tokens, width in JOINED:
+        lanes = WorkLanes((num_tokens // 2, num_tokens - num_tokens // 2))
+        pieces = [torch.randn(n, width) for n in lanes.num_rows]
+        x, weight = torch.randn(num_tokens, width), torch.randn(width, width)
+        took = alternating({"join": partial(lanes.join, pieces, 0), "product": partial(torch.mm, x, weight)}, repeats)
+        share = took["join"].median / took["product"].median
+        rows.append((num_tokens, width, took["join"].us(), took["product"].us(), f"{share:.1%}"))
+    columns = ("tokens", "width", "join us", "product us", "join / product")
+    return Table(columns, rows, title="Joins: rows of float32, one thread")
 
 
 def _apart(fn: Callable[..., Any], **how: Any) -> Callable[..., Any]:

@@ -166,11 +166,11 @@ def arguments(num_tokens: int) -> tuple[torch.Tensor, ...]:
     return (floats[0], experts, floats[1], *state)
 
 
-def constants(group: Any) -> dict[str, Any]:
+def constants(group: Any, collectives: Any = funcol) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
     shapes = {"W": (6, 6), "V": (6, 4), "b": (6,), "We": (5, 6, 6), "table": (9, 6)}
     weights = {name: torch.randn(*s, generator=random, dtype=torch.double) * 0.5 for name, s in shapes.items()}
-    scope = {"torch": torch, "funcol": funcol, "G": group, **weights}
+    scope = {"torch": torch, "funcol": collectives, "G": group, **weights}
     exec(SUBGRAPHS, scope)
     return scope
 
@@ -180,12 +180,14 @@ class Program:
     """Lines so far, the values that they made at each of `SIZES`, and what these are."""
 
     group: Any
+    collectives: Any = funcol
     lines: list[str] = field(default_factory=list)
     kinds: dict[str, str] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.scopes = [constants(self.group) | dict(zip(ARGS, arguments(n), strict=True)) for n in SIZES]
+        scope = constants(self.group, self.collectives)
+        self.scopes = [scope | dict(zip(ARGS, arguments(n), strict=True)) for n in SIZES]
         for name in ("v0", "v1", "v2"):
             self.kinds[name] = self._kind(name)
 
@@ -249,9 +251,9 @@ def _dtype(values: list[torch.Tensor]) -> str:
 
 
 @st.composite
-def functions(draw: st.DrawFn, group: Any, least: int = 5, most: int = 30) -> str:
-    """The source of a function of what `arguments` makes."""
-    program = Program(group)
+def functions(draw: st.DrawFn, group: Any, least: int = 5, most: int = 30, collectives: Any = funcol) -> str:
+    """The source of a function of what `arguments` makes; lines are tried with these `collectives`."""
+    program = Program(group, collectives)
     for _ in range(draw(st.integers(least, most))):
         operands, text = draw(st.sampled_from(program.possible()))
         names = [draw(st.sampled_from(program.of(pattern))) for pattern in operands]
