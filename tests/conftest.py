@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,3 +23,16 @@ def _clean_slate(monkeypatch):
     torch._dynamo.reset()
     for name in [n for n in os.environ if n.startswith("DBO_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def group():
+    """The process group of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def group_name(group):
+    return group.group_name

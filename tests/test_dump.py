@@ -22,21 +22,14 @@ from dbo_compile.files import Folder
 from dbo_compile.measure import measured
 from tests.ranks import Ranks
 from tests.schema import faults, report_schema
+from tests.tensors import values
 
 EAGER = {"inner": "eager", "split": "always"}
 LEVELS = ["1_placements.txt", "2_segments.txt", "3_schedule.txt", "4_program.txt", "5_graph.py"]
 RESULTS = ["report.json", "lanes.svg", "trace.json", "index.html"]
 
 
-def values(*shape, seed=1):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group")
 
 
 @pytest.fixture(autouse=True)

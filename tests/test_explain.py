@@ -19,21 +19,14 @@ from dbo_compile.advice import ANY, advice
 from dbo_compile.explanation import explain, verify
 from dbo_compile.ir.tokens import Split
 from tests.schema import faults, report_schema
+from tests.tensors import values
 
 ALWAYS = {"split": "always", "inner": "eager"}
 EAGER = {"inner": "eager"}
 WEIGHT = torch.linspace(-1, 1, 25, dtype=torch.float64).view(5, 5)
 
 
-def values(*shape, seed=1):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group")
 
 
 def sharded(x):

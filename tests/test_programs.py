@@ -23,13 +23,6 @@ from tests.integrations.models import VOCAB, tiny_model
 ALWAYS = {"split": "always", "inner": "eager"}
 
 
-@pytest.fixture(scope="module")
-def _one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def levels_of(num_layers, implementation="dbo", **options):
     """The levels of qwen3_moe with that many layers, after a call that was checked against eager."""
     torch._dynamo.reset()
@@ -45,17 +38,17 @@ def levels_of(num_layers, implementation="dbo", **options):
 
 
 @pytest.fixture(scope="module")
-def levels(_one_rank):
+def levels(group):
     return levels_of(3)
 
 
 @pytest.fixture(scope="module")
-def deep(_one_rank):
+def deep(group):
     return levels_of(6)
 
 
 @pytest.mark.parametrize("implementation", ["dbo", "dbo_static"])
-@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.usefixtures("group")
 def test_every_all_to_all_is_on_the_comm_lane_and_nothing_is_a_barrier(implementation):
     levels = levels_of(2, implementation)
     comm = [s for s in levels.outline.segments.values() if s.lane is Lane.COMM]
@@ -88,7 +81,7 @@ def test_equal_costs_keep_both_lanes_busy_in_the_steady_state(deep):
         assert busy >= 0.9 * (end - begin), f"{lane.value} works {busy} of {end - begin}"
 
 
-@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.usefixtures("group")
 def test_the_policies_differ_in_overlap_alone():
     makespan = {}
     for policy in ("sequential", "alternate", "list"):
@@ -169,7 +162,7 @@ def test_a_result_read_before_it_is_made_is_refused(levels):
     refused(program, (*program.instrs[:at], end, *program.instrs[at:-1]))
 
 
-@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.usefixtures("group")
 def test_an_all_to_all_by_place_among_the_tokens_is_a_barrier():
     def fn(x):
         return funcol.all_to_all_single(x.exp(), None, None, dist.group.WORLD).sin()
@@ -182,7 +175,7 @@ def test_an_all_to_all_by_place_among_the_tokens_is_a_barrier():
     assert "place among all tokens" in next(iter(reports()[-1].barriers.values()))
 
 
-@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.usefixtures("group")
 def test_a_group_that_is_gone_is_an_error_that_says_what_to_do():
     group = dist.new_group([0])
     compiled = torch.compile(

@@ -22,19 +22,12 @@ from dbo_compile.runtime.clock import Interval, Timeline
 from dbo_compile.runtime.steps import around_steps, ranged
 from dbo_compile.trace import chrome_trace
 from tests.ir.moe import moe_program
+from tests.tensors import values
 
 EAGER = {"inner": "eager", "split": "always"}
 
 
-def values(*shape, seed=1):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group")
 
 
 class Layer(nn.Module):

@@ -6,7 +6,6 @@ import logging
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import AttentionInterface, CompileConfig, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
@@ -17,12 +16,7 @@ from dbo_compile.integrations.paged import TOKEN_DIMS, continuous_batching
 from dbo_compile.integrations.transformers import expert_parallel
 from tests.integrations.models import VOCAB, tiny_model
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from dbo_compile.errors import CannotSplit
 from dbo_compile.ir.tokens import Local, Shared, Split
@@ -19,13 +18,6 @@ TOP_K, EXPERTS, HIDDEN = 3, 5, 4
 @pytest.fixture(params=[(3, 4), (1, 6), (2, 2, 3)], ids=str)
 def f(request):
     return Flow(request.param)
-
-
-@pytest.fixture
-def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD.group_name
-    dist.destroy_process_group()
 
 
 def routing(f):
@@ -142,25 +134,25 @@ def test_rows_picked_expert_by_expert_are_added_up_at_their_token(f):
     torch.testing.assert_close(result.whole, reference(hidden, experts, weights))
 
 
-def exchange(f, rows, sizes, group):
-    return f(c10d.all_to_all_single.default, rows, sizes, sizes, group, rows=RECEIVED)
+def exchange(f, rows, sizes, group_name):
+    return f(c10d.all_to_all_single.default, rows, sizes, sizes, group_name, rows=RECEIVED)
 
 
-def test_rows_exchanged_between_ranks_come_back_on_trust(f, group):
+def test_rows_exchanged_between_ranks_come_back_on_trust(f, group_name):
     """Expert parallelism with exact splits: counts travel first, and received rows are sorted once more."""
     hidden, experts, weights = routing(f)
     routes = flat(f, experts)
     zeros = f.shared(torch.zeros(EXPERTS, dtype=torch.int64))
     sent = f(aten.scatter_add.default, zeros, 0, routes, f(aten.ones_like.default, routes))
-    received = f(c10d.all_to_all_single.default, sent, [EXPERTS], [EXPERTS], group)
+    received = f(c10d.all_to_all_single.default, sent, [EXPERTS], [EXPERTS], group_name)
     perm = f(aten.argsort.default, routes)
     rows = f(aten.index.Tensor, hidden, [f(aten.floor_divide.default, perm, TOP_K)])
-    arrived = exchange(f, rows, [Rows(of=rows)], group)
+    arrived = exchange(f, rows, [Rows(of=rows)], group_name)
     arrived_for = f(aten.repeat_interleave.Tensor, received, output_size=Rows(of=rows), rows=RECEIVED)
     by_expert = f(aten.argsort.default, arrived_for)
     done = run_experts(f, f(aten.index.Tensor, arrived, [by_expert]), f(aten.index.Tensor, arrived_for, [by_expert]))
     there_again = f(aten.index.Tensor, done, [f(aten.argsort.default, by_expert)])
-    back = exchange(f, there_again, [Rows(of=rows)], group)
+    back = exchange(f, there_again, [Rows(of=rows)], group_name)
     numbers = f(aten.arange.default, Rows(TOP_K))
     inverse = f(aten.index_put.default, f(aten.empty_like.default, perm), [perm], numbers)
     at_tokens = f(aten.index.Tensor, back, [inverse])
@@ -179,15 +171,15 @@ def test_rows_exchanged_between_ranks_come_back_on_trust(f, group):
     torch.testing.assert_close(combine(f, at_tokens, weights).whole, reference(hidden, experts, weights))
 
 
-def test_rows_sorted_after_an_exchange_of_fixed_size_are_not_taken_for_tokens(f, group):
+def test_rows_sorted_after_an_exchange_of_fixed_size_are_not_taken_for_tokens(f, group_name):
     """As many rows arrive as there are routes, so only the order tells that they are not those of the tokens."""
     hidden, experts, _ = routing(f)
     perm = f(aten.argsort.default, flat(f, experts))
     rows = f(aten.index.Tensor, hidden, [f(aten.floor_divide.default, perm, TOP_K)])
     sizes = [Rows(TOP_K)]
     sorted_experts = f(aten.index.Tensor, flat(f, experts), [perm])
-    arrived_for = f(c10d.all_to_all_single.default, sorted_experts, sizes, sizes, group)
-    arrived = f(c10d.all_to_all_single.default, rows, sizes, sizes, group)
+    arrived_for = f(c10d.all_to_all_single.default, sorted_experts, sizes, sizes, group_name)
+    arrived = f(c10d.all_to_all_single.default, rows, sizes, sizes, group_name)
     by_expert = f(aten.argsort.default, arrived_for)
     sorted_rows = f(aten.index.Tensor, arrived, [by_expert])
     there_again = f(aten.index.Tensor, sorted_rows, [f(aten.argsort.default, by_expert)])
@@ -221,21 +213,21 @@ def test_dropping_rows_beyond_a_capacity_is_refused(f):
             f(aten.lt.Scalar, numbers, 2)
 
 
-def test_rows_gathered_from_all_ranks_are_scattered_back_to_them(f, group):
+def test_rows_gathered_from_all_ranks_are_scattered_back_to_them(f, group_name):
     """Data parallel attention before experts on all ranks: proven row by row, on trust if experts arranged the rows."""
     hidden, experts, _ = routing(f)
-    everywhere = f(c10d.wait_tensor.default, f(c10d.all_gather_into_tensor.default, hidden, 1, group))
+    everywhere = f(c10d.wait_tensor.default, f(c10d.all_gather_into_tensor.default, hidden, 1, group_name))
     done = f(aten.mul.Tensor, everywhere, 3.0)
-    back = f(c10d.reduce_scatter_tensor.default, done, "sum", 1, group)
-    assert (everywhere.place, done.place) == (Local(f"the 1 ranks of {group}"), Local(f"the 1 ranks of {group}"))
+    back = f(c10d.reduce_scatter_tensor.default, done, "sum", 1, group_name)
+    assert everywhere.place == done.place == Local(f"the 1 ranks of {group_name}")
     assert (back.place, f.obligations) == (Split(0), [])
 
-    experts_everywhere = f(c10d.all_gather_into_tensor.default, experts, 1, group)
+    experts_everywhere = f(c10d.all_gather_into_tensor.default, experts, 1, group_name)
     sorted_experts, perm = f(aten.sort.default, flat(f, experts_everywhere))
     tokens = f(aten.floor_divide.default, perm, TOP_K)
     rows = run_experts(f, f(aten.index.Tensor, everywhere, [tokens]), sorted_experts)
     summed = f(aten.index_add.default, f(aten.zeros_like.default, everywhere), 0, tokens, rows)
-    back = f(c10d.reduce_scatter_tensor.default, summed, "sum", 1, group)
+    back = f(c10d.reduce_scatter_tensor.default, summed, "sum", 1, group_name)
     assert (perm.place, rows.place, summed.place) == (Local(position=True), Local(), Local())
     assert (back.place, f.obligations) == (Split(0), [FROM_GATHERED])
 

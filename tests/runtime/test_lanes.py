@@ -157,13 +157,6 @@ def test_an_error_of_a_program_is_not_hidden_by_one_of_finishing(log):
 # -- real collectives, on one rank -----------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD.group_name
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     ("op", "args"),
     [
@@ -177,19 +170,19 @@ def group():
     ],
     ids=str,
 )
-def test_a_collective_that_is_started_is_the_functional_one(group, op, args):
+def test_a_collective_that_is_started_is_the_functional_one(group_name, op, args):
     for x in (torch.arange(45.0).view(9, 5), torch.arange(45.0).view(5, 9).t()):
-        want = c10d.wait_tensor(op(x.clone(), *args, group))
-        pending = start(op, x, *args, group)
+        want = c10d.wait_tensor(op(x.clone(), *args, group_name))
+        pending = start(op, x, *args, group_name)
         assert (pending.work is not None) == (op in STARTERS)
         pending.wait()
         assert torch.equal(pending.result, want)
 
 
-def test_a_collective_writes_what_it_was_given_only_where_that_is_its_purpose(group):
+def test_a_collective_writes_what_it_was_given_only_where_that_is_its_purpose(group_name):
     x = torch.ones(9, 5)
     for op in (c10d.all_reduce.default, c10d.all_reduce_.default):
-        pending = start(op, x, "sum", group)
+        pending = start(op, x, "sum", group_name)
         pending.wait()
         assert (pending.result is x) == (op is c10d.all_reduce_.default)
 
@@ -208,7 +201,7 @@ fragile.register_fake(torch.empty_like)
 rule(torch.ops.dbo_test_lanes.fragile.default)(lambda x: Split(x.dim))
 
 
-def test_an_op_that_raises_leaves_no_collective_under_way_and_the_next_call_works(group, monkeypatch):
+def test_an_op_that_raises_leaves_no_collective_under_way_and_the_next_call_works(group_name, monkeypatch):
     made = []
 
     class Noted(WorkLanes):
@@ -234,7 +227,7 @@ def test_an_op_that_raises_leaves_no_collective_under_way_and_the_next_call_work
     assert (reports()[-1].calls, reports()[-1].calls_split) == (3, 3)
 
 
-def test_a_residual_is_computed_under_the_collective(group):
+def test_a_residual_is_computed_under_the_collective(group_name):
     class Layer(nn.Module):
         def __init__(self):
             super().__init__()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import nn
 
@@ -54,13 +53,6 @@ def test_a_stream_is_switched_only_where_the_lane_changes(monkeypatch):
 
 
 # -- real tensors, real programs, a fake device ----------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 class Layer(nn.Module):

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import dbo_compile
 from dbo_compile import backend, reports
@@ -28,13 +27,6 @@ OPTIONS = {"token_dims": AXES, "split": "always", "inner": "eager", "min_tokens"
 MEMBERS = {name if name in ("input_ids", "positions") else f"metadata.{name}": axis for name, axis in AXES.items()}
 NOBODYS = NUM_BLOCKS * BLOCK - 1
 """The slot that padding is written to."""
-
-
-@pytest.fixture(scope="module")
-def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 def compiled(model, **options):

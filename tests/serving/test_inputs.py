@@ -13,13 +13,6 @@ from tests.serving.model import AXES, HIDDEN, VOCAB, Layer, Metadata, Pages, ste
 from tests.serving.player import Player, symbolic
 
 
-@pytest.fixture(scope="module")
-def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
 def step():
     """Requests of 2, 5 and 6 tokens."""
     pages = Pages()

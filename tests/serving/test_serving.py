@@ -7,20 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from dbo_compile.errors import InvalidProgram
 from dbo_compile.ir.proof import verify_program
 from dbo_compile.passes.emit import emit
 from tests.serving.model import AXES, VOCAB, Model, Pages, caches, step_of
 from tests.serving.player import Player, symbolic
-
-
-@pytest.fixture(scope="module")
-def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 def twin(model, group):

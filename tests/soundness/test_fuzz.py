@@ -28,11 +28,7 @@ SEED = int(os.environ.get("SOUNDNESS_SEED", randrange(2**32) if LONG else 0))
 TOKEN_DIMS = {"v0": 0, "v1": 0, "v2": 0, "buf": 0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group")
 
 
 def function(source):
