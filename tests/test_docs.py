@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -158,3 +159,47 @@ def test_the_site_builds_strictly(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "api" / "index.html").is_file()
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+MEASURED = {
+    "Inductor, exchange in halves": "Inductor, halves",
+    "Inductor, overlap scheduling on": "Inductor, overlap scheduling",
+    "asynchronous collectives by hand": "by hand",
+    "two threads that yield, as in vLLM": "two threads",
+    "dbo, always split": "dbo",
+}
+"""Rows of `when-it-pays.md`, and what the benchmark calls them."""
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def rows_of(path, start):
+    """The rows of the first table whose header starts so, without the rule below it."""
+    lines = path.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(start))
+    return [cells(line) for line in (lines[at], *itertools.takewhile(lambda x: x.startswith("|"), lines[at + 2 :]))]
+
+
+def ratios_to_inductor():
+    """By communication over compute, and variant."""
+    _, *measured = rows_of(DOCS / "results" / "link.md", "| link |")
+    return {(ratio, variant): share for _, ratio, variant, _, share, *_ in measured}
+
+
+def test_the_table_of_overlap_is_that_of_the_benchmark():
+    ratios = ratios_to_inductor()
+    (_, *columns), *shown = rows_of(DOCS / "when-it-pays.md", "| communication / compute |")
+    assert {name for name, *_ in shown} == MEASURED.keys()
+    for name, *shares in shown:
+        assert shares == [ratios[column, MEASURED[name]] for column in columns], name
+
+
+def test_the_figures_of_the_readme_are_those_of_the_benchmark():
+    ratios = ratios_to_inductor()
+    text = text_of("README.md").partition("## Measured")[2].partition("##")[0]
+    claimed = [ratios[at, variant] for variant in ("dbo", "two threads") for at in ("1.05", "1.97")]
+    assert re.findall(r"\b\d\.\d\d\b", text) == [*claimed, ratios["0.32", "dbo"]]
