@@ -27,8 +27,8 @@ MORE_TRIALS = 12
 """How often those ways are timed that come close to the fastest."""
 CLOSE = 1.2
 """Times the fastest: what noise of a few trials may hide."""
-LEAST_GAIN = 0.01
-"""A split must be faster by this share, or the simpler way is kept: noise must not decide."""
+LEAST_GAIN = 0.03
+"""The fastest way must be faster by this share than what users had before, or that is kept: noise must not decide."""
 
 
 WAYS = SPLIT, REFINED, UNSPLIT, INDUCTOR = "split", "refined", "unsplit", "inductor"
@@ -69,13 +69,9 @@ class Decision:
 
 def fastest(seconds: Mapping[str, float]) -> str:
     """The way that is played, if these are the times of all that can be."""
-    split = {way: s for way, s in seconds.items() if way in (SPLIT, REFINED)}
-    others = {way: s for way, s in seconds.items() if way not in split}
-    best_split = min(split, key=split.__getitem__, default="")
-    best_other = min(others, key=others.__getitem__, default="")
-    if best_split and (not best_other or split[best_split] < (1 - LEAST_GAIN) * others[best_other]):
-        return best_split
-    return best_other
+    best = min(seconds, key=seconds.__getitem__)
+    simplest = next((way for way in (INDUCTOR, UNSPLIT) if way in seconds), best)
+    return best if seconds[best] < (1 - LEAST_GAIN) * seconds[simplest] else simplest
 
 
 @dataclass(slots=True)
