@@ -73,7 +73,7 @@ gpu:
 	@$(PYTHON) -m benchmarks.gpu
 
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build dbo-demo dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find dbo_compile tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # PyTorch first and alone, so that TORCH_INDEX chooses its build and nothing else.
