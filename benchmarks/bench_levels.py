@@ -17,17 +17,17 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from dbo_compile import backend, reports
+from dbo_compile import backend, compilation, reports
 from dbo_compile.integrations.transformers import expert_parallel
 
 PASSES: dict[str, Any] = {
     "reinplace": (backend.compat, "reinplace"),
-    "analyze": (backend, "analyze"),
-    "cut": (backend, "cut"),
-    "outline": (backend, "outline"),
-    "order": (backend, "make_schedule"),
-    "lower, sync, prove": (backend, "make_program"),
-    "emit": (backend, "emit"),
+    "analyze": (compilation, "analyze"),
+    "cut": (compilation, "cut"),
+    "outline": (compilation, "outline"),
+    "order": (compilation, "make_schedule"),
+    "lower, sync, prove": (compilation, "make_program"),
+    "emit": (compilation, "emit"),
 }
 
 

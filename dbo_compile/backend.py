@@ -3,48 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from dbo_compile import capture, compat
 from dbo_compile import graph as g
-from dbo_compile.arguments import Traced, as_traced, signature_of
+from dbo_compile.arguments import as_traced, signature_of
+from dbo_compile.compilation import Compilation
 from dbo_compile.config import Config
 from dbo_compile.dump import publish
 from dbo_compile.errors import InvalidSchedule, NotSplit
-from dbo_compile.ir.program import Program, Run
-from dbo_compile.ir.proof import verify_program
-from dbo_compile.ir.schedule import Schedule, Segment, Step
-from dbo_compile.ir.tokens import TOKENS, TokenMap
-from dbo_compile.ir.verify import verify_schedule
 from dbo_compile.log import logger, setup_from_environment
-from dbo_compile.passes import inner
-from dbo_compile.passes.analyze import analyze
 from dbo_compile.passes.capturable import why_not_captured
-from dbo_compile.passes.cost import CostModel
-from dbo_compile.passes.cut import Kind, cut, unsplit_writes
-from dbo_compile.passes.emit import emit
-from dbo_compile.passes.lower import lower
-from dbo_compile.passes.order import order
-from dbo_compile.passes.outline import Outline, outline
-from dbo_compile.passes.partial import join_costly
-from dbo_compile.passes.sync import sync
-from dbo_compile.report import Levels, Report
+from dbo_compile.report import Report
 from dbo_compile.rules.collectives import sms_setters
 from dbo_compile.runtime import graphs
 from dbo_compile.runtime.agree import CPU, Agreement, agreement_over, check_covers
-from dbo_compile.runtime.clock import simulate
 from dbo_compile.runtime.engine import Engine, Follower
 from dbo_compile.runtime.graphs import Player
 from dbo_compile.runtime.player import player_for
-from dbo_compile.runtime.rows import Guards
-from dbo_compile.runtime.tune import Costs
-from dbo_compile.runtime.ways import Programs, Whole
+from dbo_compile.runtime.ways import Whole
 
 setup_from_environment()
 
@@ -145,111 +126,21 @@ def compile_graph(
     inputs = g.inputs(gm.graph)
     position = compat.argument_positions(inputs)
     axes = {r.name: (inputs[position[r.index]], r.axis) for r in requests if r.index in position}
-    graph = as_traced(gm, {inputs[position[t.index]]: t.dim for t in tokens}, axes)
-    levels, programs = build(graph, config, whole={})
-
-    def compile_whole() -> tuple[Callable[..., Any], Guards]:
-        compiled = inner.compile_whole(whole, graph.symbols, graph.hints)
-        return compiled.fn, Guards(compiled.guards, programs.guards.symbols)
-
-    def recompile() -> Programs | None:
-        """Programs that take nothing on trust; None if these do not either."""
-        assert report.levels is not None
-        if not (trusted := report.levels.tokens.obligations):
-            return None
-        try:
-            report.levels, made = build(graph, config, whole=dict.fromkeys(trusted, REFUTED))
-        except (NotSplit, InvalidSchedule) as why:
-            logger.info("no program takes nothing on trust: %s", why)
-            return None
-        return made
-
-    def replan(costs: Costs) -> Programs | None:
-        """The split program again, by measured costs; None if they change nothing."""
-        assert report.levels is not None
-        return refined(report.levels, engine.ways.programs, costs)
-
+    traced = as_traced(gm, {inputs[position[t.index]]: t.dim for t in tokens}, axes)
+    made = Compilation(traced, whole, config)
+    token_inputs = [(position[t.index], t.dim, t.name) for t in tokens]
     engine = Engine(
-        programs,
-        Whole(whole.forward, compile_whole if config.inner == "inductor" else None),
-        signature_of(gm.graph, levels.tokens, [(position[t.index], t.dim, t.name) for t in tokens], graph, config),
+        made.programs,
+        Whole(whole.forward, made.compile_whole if config.inner == "inductor" else None),
+        signature_of(gm.graph, made.levels.tokens, token_inputs, traced, config),
         agreement,
         config,
-        recompile,
-        replan,
+        made.without_trust,
+        made.by_costs,
     )
     engine.player = _player(gm.graph, engine, tokens, config)
-    report = Report(levels=levels, engine=engine, captured=tokens[0].placeholder.graph)
-    publish(report, config.dump)
+    publish(Report(compilation=made, engine=engine, captured=tokens[0].placeholder.graph), config.dump)
     return engine
-
-
-REFUTED = "the equality gate found that rows do not come back to their own tokens here, or not only here"
-
-
-def build(traced: Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> tuple[Levels, Programs]:
-    """The passes, one level after the other; `whole` holds ops that are to be barriers, with the reason."""
-    gm, symbols, n = traced.gm, traced.symbols, config.num_microbatches
-    placed = analyze(gm.graph, traced.token_dims, symbols, whole, traced.given)
-    segments = outline(gm, cut(gm.graph, placed), placed, symbols)
-    model = CostModel(gm.graph)
-    costs = {name: model.seconds(segments.groups[name]) for name in segments.codes}
-
-    def cost(step: Step | Run) -> float:
-        return costs[segments.segments[step.segment].code]
-
-    schedules = {m: make_schedule(segments, placed, cost, m, config.policy) for m in (1, n)}
-    programs = {m: make_program(segments, schedule) for m, schedule in schedules.items()}
-
-    apart = make_apart(segments, placed, cost, programs[n], config.policy)
-
-    # The tokens of one microbatch, and never 0 or 1, on which a compiler would specialise. Numbers of requests have no
-    # hint: a microbatch may have one, or none.
-    own = {g.expression(g.value(node)) for node in traced.own}
-    known = {symbol: hint for symbol, hint in traced.hints.items() if symbol not in own}
-    hints = {**known, TOKENS: max(2, known[TOKENS] // n)}
-    compiled = inner.compile_codes(segments.codes, hints, inner=config.inner)
-    fns = {name: c.fn for name, c in compiled.items()}
-    modules = {m: emit(p, fns, segments.outputs) for m, p in programs.items()}
-    guards = [*_graph_guards(gm.graph, symbols), *(guard for c in compiled.values() for guard in c.guards)]
-    others = [s for s in g.symbol_inputs(gm.graph) if s not in symbols]
-    levels = Levels(gm.graph, placed, segments, schedules[n], programs[n], modules[n], cost)
-    return levels, Programs(
-        modules,
-        Guards(list(dict.fromkeys(guards)), others),
-        programs[n].fingerprint,
-        trusts=tuple(dict.fromkeys(placed.obligations.values())),
-        codes={name: s.code for name, s in segments.segments.items()},
-        comm_codes=tuple(name for name, code in segments.codes.items() if code.kind is Kind.COMM),
-        fns=fns,
-        apart={n: emit(apart, fns, segments.outputs)} if apart else {},
-    )
-
-
-def refined(levels: Levels, programs: Programs, costs: Costs) -> Programs | None:
-    """The split program in the order, and with the segments joined, that measured costs ask for; None if it is the
-    same."""
-    n, segments = levels.program.num_microbatches, levels.outline
-
-    def cost(step: Step | Run) -> float:
-        part, whole = costs[segments.segments[step.segment].code]
-        return whole if step.microbatch is None else part
-
-    def make(parts: Mapping[str, Segment]) -> Program:
-        made = replace(segments, segments=parts)
-        return make_program(made, make_schedule(made, levels.tokens, cost, n, "list"))
-
-    extra = {code: n * part - whole for code, (part, whole) in costs.items()}
-    parts = join_costly(segments.segments, segments.places, extra, lambda parts: simulate(make(parts), cost).makespan)
-    program = make(parts)
-    if str(program) == str(levels.program):
-        return None
-    apart = make_apart(replace(segments, segments=parts), levels.tokens, cost, program, "list")
-    return replace(
-        programs,
-        modules={**programs.modules, n: emit(program, programs.fns, segments.outputs)},
-        apart={n: emit(apart, programs.fns, segments.outputs)} if apart else {},
-    )
 
 
 def _player(
@@ -277,48 +168,3 @@ def _refuse_sizes_from_data(graph: fx.Graph) -> None:
         if any(g.symbols_of(v) - known for v in vals):
             where = g.source_line(node)
             raise NotSplit(f"the size of the result of {node.target} depends on its data ({where})")
-
-
-def make_schedule(
-    segments: Outline,
-    placed: TokenMap,
-    cost: Callable[[Step], float],
-    num_microbatches: int,
-    policy: str,
-    *,
-    straddles: bool = True,
-) -> Schedule:
-    groups = segments.groups.items()
-    threaded = frozenset(name for name, group in groups if unsplit_writes(group, placed, straddles=straddles))
-    schedule = order(segments.segments, num_microbatches, policy, cost=cost, threaded=threaded)
-    verify_schedule(schedule)
-    return schedule
-
-
-def make_program(segments: Outline, schedule: Schedule, *, straddles: bool = True) -> Program:
-    """Lower, synchronise and prove."""
-    results = [name for name in segments.outputs if isinstance(name, str)]
-    instrs = lower(schedule, segments.places, segments.inputs, results)
-    program = Program(sync(instrs, segments.segments), segments.segments, schedule.num_microbatches, straddles)
-    verify_program(program)
-    return program
-
-
-def make_apart(
-    segments: Outline, placed: TokenMap, cost: Callable[[Step], float], program: Program, policy: str
-) -> Program | None:
-    """What plays steps in which no request has tokens in two microbatches; None if `program` does that as well.
-
-    It communicates in the same order: on another rank a request may have tokens in both.
-    """
-    if not placed.paged:
-        return None
-    schedule = make_schedule(segments, placed, cost, program.num_microbatches, policy, straddles=False)
-    made = make_program(segments, schedule, straddles=False)
-    return made if made.fingerprint == program.fingerprint and str(made) != str(program) else None
-
-
-def _graph_guards(graph: fx.Graph, symbols: Sequence[sympy.Symbol]) -> list[sympy.Expr]:
-    number = next(g.value(n) for n in g.inputs(graph) if g.is_symbolic_number(n))
-    renamed = [guard.xreplace(dict.fromkeys(symbols, TOKENS)) for guard in compat.graph_guards(number)]
-    return [guard for guard in renamed if guard.has(TOKENS)]

@@ -109,8 +109,7 @@ def _show(rank: int, folder: Path) -> list[str]:
         split(ids)
     difference = (logits - alone).abs().max().item() / alone.abs().max().item()
     _check(report, difference)
-    assert report.levels is not None
-    dump(report.levels, folder / f"rank{rank}", timelines)
+    dump(report, folder / f"rank{rank}", timelines)
     return _lines(report, difference, times, timelines[-1])
 
 

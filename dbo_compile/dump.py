@@ -20,11 +20,12 @@ from dbo_compile import compat
 from dbo_compile.chart import Chart, svg
 from dbo_compile.files import Folder
 from dbo_compile.ir.waits import handovers
+from dbo_compile.levels import Levels
 from dbo_compile.log import rank, warn_once
 from dbo_compile.measure import Player, timed
 from dbo_compile.page import graph_page, root_page
 from dbo_compile.passes.cost import NUM_ROWS
-from dbo_compile.report import Levels, Report, add_report, reports, times
+from dbo_compile.report import Report, add_report, reports, times
 from dbo_compile.runnable import runnable
 from dbo_compile.runtime.clock import Interval, Timeline
 from dbo_compile.text import captured_text, placements_text, segments_text
@@ -62,12 +63,11 @@ _watches: list[_Watch] = []
 atexit.register(finish_dumps)
 
 
-def dump(levels: Levels, folder: str | Path, measured: Sequence[Timeline] = ()) -> list[Path]:
-    """Write the levels of one graph into `folder`, with charts of what was predicted and `measured`.
+def dump(report: Report, folder: str | Path, measured: Sequence[Timeline] = ()) -> list[Path]:
+    """Write what is known of one graph into `folder`, with charts of what was predicted and `measured`.
 
     Raises `OSError` if it cannot.
     """
-    report = next((r for r in reports() if r.levels is levels), Report(levels=levels))
     calls = [Call(0, timeline) for timeline in measured]
     return _written(Folder(folder), [*_levels(report), *_results(report, calls)])
 

@@ -10,7 +10,8 @@ from dbo_compile.advice import advice
 from dbo_compile.chart import Chart, summary, svg
 from dbo_compile.ir.schedule import Segment
 from dbo_compile.ir.waits import handovers
-from dbo_compile.report import Levels, Report
+from dbo_compile.levels import Levels
+from dbo_compile.report import Report
 from dbo_compile.runtime.clock import Timeline, chart
 
 WIDTH = 100

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,58 +11,14 @@ from typing import Any
 from torch import fx
 
 from dbo_compile import graph as g
-from dbo_compile.ir.program import Program, Run
-from dbo_compile.ir.schedule import Lane, Schedule
-from dbo_compile.ir.tokens import TokenMap
-from dbo_compile.passes.outline import Outline
-from dbo_compile.runtime.clock import Timeline, simulate
+from dbo_compile.compilation import Compilation
+from dbo_compile.ir.schedule import Lane
+from dbo_compile.levels import Levels
+from dbo_compile.runtime.clock import Timeline
 from dbo_compile.runtime.engine import Engine
 from dbo_compile.runtime.tune import Decision, Size, decisions_text
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Levels:
-    """What every pass made of one graph, from the ATen graph to the module whose generated code runs."""
-
-    graph: fx.Graph
-    tokens: TokenMap
-    outline: Outline
-    schedule: Schedule
-    program: Program
-    module: fx.GraphModule
-    cost: Callable[[Run], float]
-
-    @property
-    def timeline(self) -> Timeline:
-        """The program on a clock with modelled costs."""
-        return simulate(self.program, self.cost)
-
-    @property
-    def paths(self) -> dict[str, str]:
-        """The module that most ops of each segment come from, by segment; "" for none."""
-        counts = {name: Counter(map(g.module_path, group.nodes)) for name, group in self.outline.groups.items()}
-        return {name: next((path for path, _ in count.most_common() if path), "") for name, count in counts.items()}
-
-    @property
-    def segment_rows(self) -> list[dict[str, Any]]:
-        """The segments as plain data, in the order of the graph; `seconds` is the modelled cost of one step."""
-        seconds, paths = {i.segment: i.end - i.start for i in self.timeline.intervals}, self.paths
-        return [
-            {
-                "name": s.name,
-                "lane": s.lane.value,
-                "code": s.code,
-                "module": paths[s.name],
-                "host": s.host,
-                "times": self.program.num_microbatches if s.per_microbatch else 1,
-                "seconds": seconds[s.name],
-                "inputs": list(s.inputs),
-                "outputs": list(s.outputs),
-            }
-            for s in self.outline.segments.values()
-        ]
 
 
 @dataclass(slots=True, eq=False)
@@ -75,9 +30,14 @@ class Report:
     """
 
     why: str = ""
-    levels: Levels | None = None
+    compilation: Compilation | None = None
     engine: Engine | None = None
     captured: fx.Graph | None = None
+
+    @property
+    def levels(self) -> Levels | None:
+        """What every pass made of it, by now."""
+        return self.compilation.levels if self.compilation else None
 
     @property
     def reason(self) -> str:

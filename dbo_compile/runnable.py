@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from dbo_compile import graph as g
-from dbo_compile.report import Levels
+from dbo_compile.levels import Levels
 
 HEADER = '''"""The rewritten graph: {segments} segments of which {codes} differ, {microbatches} microbatches.
 

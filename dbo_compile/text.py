@@ -8,7 +8,7 @@ from torch import fx
 
 from dbo_compile import graph as g
 from dbo_compile.ir.tokens import Placement
-from dbo_compile.report import Levels
+from dbo_compile.levels import Levels
 
 
 def captured_text(graph: fx.Graph) -> str:

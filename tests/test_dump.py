@@ -76,8 +76,9 @@ def test_dump_writes_the_levels_and_charts_of_one_graph(tmp_path):
     called(fn, 9)
     with measured() as timelines:
         called(fn, 9)
-    levels = reports()[-1].levels
-    files = dump(levels, tmp_path / "deep" / "dump", timelines)
+    report = reports()[-1]
+    levels = report.levels
+    files = dump(report, tmp_path / "deep" / "dump", timelines)
     assert [f.name for f in files] == ["0_dynamo.py", *LEVELS, "5_constants.pt", *RESULTS]
     text = {f.name: f.read_text() for f in files if f.suffix != ".pt"}
     assert text["3_schedule.txt"] == f"{levels.schedule}\n"
@@ -89,7 +90,7 @@ def test_dump_writes_the_levels_and_charts_of_one_graph(tmp_path):
 
 def test_placements_have_barriers_with_their_lines(tmp_path):
     called(compiled(model(1)), 9)
-    dump(reports()[-1].levels, tmp_path)
+    dump(reports()[-1], tmp_path)
     placements = (tmp_path / "1_placements.txt").read_text()
     (line,) = [line for line in placements.splitlines() if "barrier:" in line]
     assert line.split()[:2] == ["mean", "Shared"]

@@ -19,8 +19,8 @@ from dbo_compile.chart import Chart, svg
 from dbo_compile.config import Config
 from dbo_compile.example import moe
 from dbo_compile.ir.waits import handovers
+from dbo_compile.levels import Levels
 from dbo_compile.passes.cost import NUM_ROWS
-from dbo_compile.report import Levels
 from dbo_compile.runnable import runnable
 from dbo_compile.runtime.clock import chart
 from dbo_compile.text import placements_text, segments_text

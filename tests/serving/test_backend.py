@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dbo_compile
-from dbo_compile import backend, reports
+from dbo_compile import compilation, reports
 from dbo_compile.axes import CuSeqlens, Tokens
 from dbo_compile.config import Config
 from dbo_compile.ir.program import Program
@@ -181,15 +181,15 @@ def test_ranks_that_may_play_other_graphs_time_in_step_or_not_at_all(mine, their
 
 def test_the_gate_finds_that_microbatches_write_and_attend_in_the_wrong_order(group, monkeypatch):
     """A missing edge, and a proof that does not look for it."""
-    order = backend.order
+    order = compilation.order
 
     def wrong(segments, n, *args, **options):
         schedule = order(segments, n, *args, **options)
         swap = {0: n - 1, n - 1: 0, None: None}
         return replace(schedule, steps=tuple(replace(s, microbatch=swap[s.microbatch]) for s in schedule.steps))
 
-    monkeypatch.setattr(backend, "order", wrong)
-    monkeypatch.setattr(backend, "Program", lambda *args: Program(*args[:3], straddles=False))
+    monkeypatch.setattr(compilation, "order", wrong)
+    monkeypatch.setattr(compilation, "Program", lambda *args: Program(*args[:3], straddles=False))
     model, before = Model(group).double(), len(reports())
     plain, step = twin(model, group), straddling()
     with torch.no_grad():

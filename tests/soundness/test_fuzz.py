@@ -16,7 +16,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dbo_compile import backend, reports
+from dbo_compile import compilation, reports
 from dbo_compile.passes.cost import CostModel
 from dbo_compile.passes.order import POLICIES
 from tests.soundness.mutations import accepted
@@ -79,7 +79,7 @@ def test_a_random_function_does_what_it_does_in_eager(data):
     policy = data.draw(st.sampled_from(list(POLICIES)))
     RandomCosts.seed = data.draw(st.integers(0, 9))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "CostModel", RandomCosts)
+        patch.setattr(compilation, "CostModel", RandomCosts)
         report = check(source, (first, 7, 5, 10, 3, 2), num_microbatches, policy)
     if report.levels is not None:
         _, let_pass = accepted(report.levels.program, report.levels.schedule)
