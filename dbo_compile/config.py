@@ -4,147 +4,30 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from dbo_compile.axes import Axis, is_axis
-
-V = TypeVar("V", bound=float | Axis)
-Conversion = Callable[[Any], Any]
-
-
-class NamedValues(Mapping[str, V]):
-    """An immutable mapping in the order of its names. It hashes and pickles, which `MappingProxyType` does not."""
-
-    __slots__ = ("_values",)
-
-    def __init__(self, values: Mapping[str, V]) -> None:
-        self._values = dict(sorted(values.items()))
-
-    def __getitem__(self, name: str) -> V:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __hash__(self) -> int:
-        return hash(tuple(self._values.items()))
-
-    def __repr__(self) -> str:
-        """The same in every process: functions by their names."""
-        return repr({name: _Named(v) if callable(v) else v for name, v in self._values.items()})
-
-
-class _Named:
-    def __init__(self, function: Any) -> None:
-        self.name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """The values that an option may have. `accept` and `read` raise `ValueError` for any other value."""
-
-    expected: str
-    """A noun that completes "expected ..."."""
-    accept: Conversion
-    """Takes a Python value and returns it as it is kept."""
-    read: Callable[[str], Any]
-    """Does so for the text of an environment variable."""
-
-
-def _kind(
-    expected: str, valid: Callable[[Any], bool], *, keep: Conversion = lambda v: v, parse: Conversion = str
-) -> Kind:
-    def accept(value: Any) -> Any:
-        if not valid(value):
-            raise ValueError(value)
-        return keep(value)
-
-    return Kind(expected, accept, lambda text: accept(parse(text)))
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_integer(value) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return (isinstance(value, float) and not math.isnan(value)) or _is_integer(value)
-
-
-def _integer(low: int, high: float = math.inf) -> Kind:
-    expected = f"an integer of at least {low}" if high == math.inf else f"an integer from {low} to {high}"
-    return _kind(expected, lambda v: _is_integer(v) and low <= v <= high, parse=int)
-
-
-def _choice(*words: str) -> Kind:
-    return _kind(" or ".join(map(repr, words)), lambda v: isinstance(v, str) and v in words)
-
-
-def _named(what: str, is_valid: Callable[[Any], bool]) -> Kind:
-    def valid(value: Any) -> bool:
-        return isinstance(value, Mapping) and all(isinstance(k, str) and is_valid(v) for k, v in value.items())
-
-    return _kind(f"a mapping from the names of inputs to {what}", valid, keep=NamedValues, parse=json.loads)
-
-
-def _either(*kinds: Kind) -> Kind:
-    def first(attempts: Iterable[Conversion], value: Any) -> Any:
-        for attempt in attempts:
-            try:
-                return attempt(value)
-            except ValueError:
-                continue
-        raise ValueError(value)
-
-    return Kind(
-        " or ".join(kind.expected for kind in kinds),
-        lambda value: first([kind.accept for kind in kinds], value),
-        lambda text: first([kind.read for kind in kinds], text),
-    )
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_count, value))
-
-
-def _is_group(value: Any) -> bool:
-    """A process group is known by its name, so that options are checked without torch.distributed."""
-    return value != "" if isinstance(value, str) else hasattr(type(value), "group_name")
-
-
-_TRUTH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
-_NONE = _kind("None", lambda v: v is None, parse=lambda text: None if text.lower() == "none" else text)
-_BOOLEAN = _kind("True or False", lambda v: isinstance(v, bool), parse=lambda text: _TRUTH.get(text.lower()))
-_SECONDS = _kind("a number of seconds above 0", lambda v: _is_number(v) and 0 < v < math.inf, keep=float, parse=float)
-_AMOUNT = _kind("a number above 0", lambda v: _is_number(v) and 0 < v < math.inf, keep=float, parse=float)
-_SIZES = _kind(
-    "a list of positive integers",
-    _are_sizes,
-    keep=lambda sizes: tuple(sorted(set(sizes))),
-    parse=lambda text: [int(size) for size in text.split(",")],
+from dbo_compile.kinds import (
+    AMOUNT,
+    BOOLEAN,
+    FOLDER,
+    GROUP,
+    NONE,
+    PHASES,
+    SECONDS,
+    SIZES,
+    Conversion,
+    Kind,
+    NamedValues,
+    choice,
+    either,
+    integer,
+    is_number,
+    named,
 )
-_PHASES = _kind(
-    "a mapping of 'decode' and 'prefill' to integers of at least 1",
-    lambda v: isinstance(v, Mapping) and set(v) == {"decode", "prefill"} and all(map(_is_count, v.values())),
-    keep=NamedValues,
-    parse=json.loads,
-)
-_FOLDER = _kind("a path", lambda v: isinstance(v, str | os.PathLike) and v != "", keep=os.fspath)
-_GROUP = _kind("a process group or its name", _is_group)
 
 
 def _option(default: Any, kind: Kind, meaning: str, *, shared: bool = True) -> Any:
@@ -159,84 +42,84 @@ def _option(default: Any, kind: Kind, meaning: str, *, shared: bool = True) -> A
 class Config:
     """What `torch.compile(model, backend="dbo", options={...})` can be told. A wrong value raises `ValueError`."""
 
-    num_microbatches: int = _option(2, _integer(1, 8), "How many microbatches the tokens of a step are split into.")
+    num_microbatches: int = _option(2, integer(1, 8), "How many microbatches the tokens of a step are split into.")
     split: Literal["auto", "always", "never"] = _option(
         "auto",
-        _choice("auto", "always", "never"),
+        choice("auto", "always", "never"),
         "'auto' splits where that was timed to be faster, 'always' even where there is no communication to hide, "
         "'never' turns splitting off.",
     )
     min_tokens: int | Mapping[str, int] = _option(
         2,
-        _either(_integer(1), _PHASES),
+        either(integer(1), PHASES),
         "A step is split only if every rank has at least this many tokens; a mapping of 'decode' and 'prefill' has a "
         "number for each.",
     )
     token_dims: Mapping[str, int | Axis] | None = _option(
         None,
-        _either(_NONE, _named("their token dims", is_axis)),
+        either(NONE, named("their token dims", is_axis)),
         "The inputs that carry tokens, and their token dims; what others tell of requests, as `CuSeqlens()` and its "
         "like. None: every input that is no parameter and whose dim 0 is as long as that of the first one.",
     )
     pad_to: tuple[int, ...] | Literal["auto"] | None = _option(
         None,
-        _either(_NONE, _choice("auto"), _SIZES),
+        either(NONE, choice("auto"), SIZES),
         "The numbers of tokens that steps are padded to, kept in ascending order; 'auto' chooses them. None: a step is "
         "padded only as far as ranks or segments need it.",
     )
     pad_values: Mapping[str, int | float] = _option(
-        NamedValues({}), _named("numbers", _is_number), "What an input is padded with, where that is not 0."
+        NamedValues({}), named("numbers", is_number), "What an input is padded with, where that is not 0."
     )
     dp_group: object | None = _option(
         None,
-        _either(_NONE, _GROUP),
+        either(NONE, GROUP),
         "The process group, or its name, whose ranks decide together whether a step is split. None: the group that the "
         "model communicates over.",
         shared=False,
     )
     dp_sync: Literal["cpu", "device"] = _option(
-        "cpu", _choice("cpu", "device"), "Where the numbers live that ranks exchange to decide."
+        "cpu", choice("cpu", "device"), "Where the numbers live that ranks exchange to decide."
     )
     inner: Literal["inductor", "eager"] = _option(
-        "inductor", _choice("inductor", "eager"), "What compiles a segment; 'eager' plays its ops as they are."
+        "inductor", choice("inductor", "eager"), "What compiles a segment; 'eager' plays its ops as they are."
     )
     cuda_graph: bool | Literal["auto"] = _option(
         "auto",
-        _either(_choice("auto"), _BOOLEAN),
+        either(choice("auto"), BOOLEAN),
         "Whether programs are captured as CUDA graphs; 'auto': those that can be, on a device that has them.",
     )
     graph_memory_gib: float | None = _option(
         None,
-        _either(_NONE, _AMOUNT),
+        either(NONE, AMOUNT),
         "How much memory CUDA graphs may take; over it the least useful size stays uncaptured. None: no bound.",
         shared=False,
     )
     clone_outputs: bool = _option(
         True,
-        _BOOLEAN,
+        BOOLEAN,
         "Whether the results of a captured program are copied out of it. False hands out memory of the graph, which "
         "holds until the next step of that size.",
         shared=False,
     )
     comm_sms: int | None = _option(
-        None, _either(_NONE, _integer(1)), "How many multiprocessors communication may occupy. None: no limit."
+        None, either(NONE, integer(1)), "How many multiprocessors communication may occupy. None: no limit."
     )
     policy: Literal["list", "alternate", "sequential"] = _option(
         "list",
-        _choice("list", "alternate", "sequential"),
+        choice("list", "alternate", "sequential"),
         "The order of steps: 'list' puts the longest path first, by cost; 'alternate' takes turns between microbatches "
         "at every segment; 'sequential' plays one microbatch after the other and overlaps nothing.",
     )
     gate: Literal["first-call", "never", "every-call"] = _option(
         "first-call",
-        _choice("first-call", "never", "every-call"),
+        choice("first-call", "never", "every-call"),
         "When the split program must prove equal to the unsplit one, on the inputs of the call.",
     )
     dump: str | None = _option(
-        None, _either(_NONE, _FOLDER), "The folder that every level is written to. None: nothing is.", shared=False
+        None, either(NONE, FOLDER), "The folder that every level is written to. None: nothing is.", shared=False
     )
     timeout_s: float = _option(
-        60.0, _SECONDS, "The seconds after which a rank that does not answer becomes an error naming it.", shared=False
+        60.0, SECONDS, "The seconds after which a rank that does not answer becomes an error naming it.", shared=False
     )
 
     def __post_init__(self) -> None:

@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "dbo_compile"
 
 FLOORS = (
     ("errors", "axes", "trust"),
-    ("config", "log", "files", "advice"),
+    ("kinds", "log", "files", "advice"),
+    ("config",),
     ("ir",),
     ("compat",),
     ("rules", "graph"),

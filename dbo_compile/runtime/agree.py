@@ -119,17 +119,21 @@ class Agreement:
         act on it. If it does not, this rank raises `Disagreement` after it has met them, and they raise its words when
         they next wait for it.
         """
-        started = self._ahead or self._start(wish)
-        self._ahead = None
+        started, self._ahead = self._ahead or self._start(wish), None
         wishes = self._finish(started)
         if not started.wish.stands_for(wish):
             self._refuse(f"rank {self.rank} announced {started.wish}, but came with {wish}")
         return decide(wishes, limits)
 
     def meet(self, wish: Wish) -> None:
-        """Come to a step without playing it; the others raise what `decide` makes of that."""
-        self._finish(self._ahead or self._start(wish))
-        self._ahead = None
+        """Come to a step without playing it; the others raise what `decide` makes of that.
+
+        If they act on a wish that was announced, they raise that this rank left.
+        """
+        started, self._ahead = self._ahead or self._start(wish), None
+        self._finish(started)
+        if not started.wish.stands_for(wish):
+            self.leave(f"it announced {started.wish}, but came with {wish}")
 
     def agree_ahead(self, wish: Wish) -> None:
         """Announce the wish of the next step while this one is played; the next `agree` then hardly has to wait."""
@@ -203,25 +207,26 @@ class Agreement:
         if self._lost:
             raise RankLost(self._lost)
         since = time.monotonic()
-        seconds = min(PATIENCE_SECONDS, self._timeout_s / 2)
-        call: RollCall | None = None  # most waits end before there is reason to call the roll
-        while call is None or not call.is_over:
-            try:
-                if is_done(seconds):
-                    if call:
-                        call.end()
-                    self._met_at = time.monotonic()
-                    return
-            except (RuntimeError, OSError) as error:
-                call = call or RollCall(self._roll, self.num_steps, what, since, self._timeout_s)
-                call.fail(_cause(error))
-                break
-            if call is None:
-                call = RollCall(self._roll, self.num_steps, what, since, self._timeout_s)
-                call.begin()
-            seconds = POLL_SECONDS
-        self._lost = call.verdict()
-        raise RankLost(self._lost)
+        done, failure = _tried(is_done, min(PATIENCE_SECONDS, self._timeout_s / 2))
+        if not done:
+            call = RollCall(self._roll, self.num_steps, what, since, self._timeout_s)
+            call.begin()
+            while not (done or failure or call.is_over):
+                done, failure = _tried(is_done, POLL_SECONDS)
+            if not done:
+                call.fail(failure)
+                self._lost = call.verdict()
+                raise RankLost(self._lost)
+            call.end()
+        self._met_at = time.monotonic()
+
+
+def _tried(is_done: Callable[[float], bool], seconds: float) -> tuple[bool, str]:
+    """Whether it ends within `seconds`, and what made it fail."""
+    try:
+        return is_done(seconds), ""
+    except (RuntimeError, OSError) as error:
+        return False, _cause(error)
 
 
 def _is_done(work: Work, seconds: float) -> bool:

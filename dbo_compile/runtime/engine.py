@@ -137,12 +137,10 @@ class Engine:
         if way == REFINED and size not in self._refiner.programs and not is_timed:
             self._refiner.make(size, self.decisions[size].costs)
         self._count(way, turn.reason or (f"timing it {way}" if is_timed else f"{way} was timed to be faster"))
-        if way == SPLIT and turn.gates:
-            return self._played(way, turn, call, size, args)
         if way == REFINED and size not in self._refiner.programs:
             return self._refiner.measure(size, turn.cut, turn.num_rows, args)
         self.ways.prepare(way)
-        if not is_timed:
+        if not is_timed or (way == SPLIT and turn.gates):
             return self._played(way, turn, call, size, args)
         synchronize(args)
         start = time.perf_counter()

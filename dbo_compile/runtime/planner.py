@@ -18,6 +18,7 @@ from dbo_compile.runtime.padding import Buckets, is_decode
 from dbo_compile.runtime.plan import BatchPlan, Limits, Wish, check_same
 from dbo_compile.runtime.requests import RequestTable
 from dbo_compile.runtime.rows import Guards
+from dbo_compile.runtime.tune import Decision, Size
 from dbo_compile.runtime.ways import Ways
 
 
@@ -52,7 +53,7 @@ class Turn:
 class Planner:
     """Plans the calls of one graph. `fingerprint` is what the ranks that play it together must have in common."""
 
-    def __init__(self, ways: Ways, gate: Gate, config: Config, decided: Mapping[Any, Any]) -> None:
+    def __init__(self, ways: Ways, gate: Gate, config: Config, decided: Mapping[Size, Decision]) -> None:
         self.signature = ways.signature
         self.agreement: Agreement = ways.agreement
         self.fingerprint = _hash(ways.programs.fingerprint, str(decided))

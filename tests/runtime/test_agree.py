@@ -285,20 +285,17 @@ def test_a_step_in_time_leaves_nothing_in_the_store(simulated):
     assert simulated(3, play) == [[]] * 3
 
 
-def test_a_slow_rank_is_waited_for(simulated):
+@pytest.mark.parametrize(
+    ("num_ranks", "late_s", "timeout_s"),
+    [(2, 0.9, 10.0), (3, 1.1, 0.6)],
+    ids=["is slow", "comes while the roll is called"],
+)
+def test_a_rank_is_waited_for_that(simulated, num_ranks, late_s, timeout_s):
     def play(rank, agreement):
-        time.sleep(0.9 * (rank == 1))
+        time.sleep(late_s * (rank == 1))
         return agreement.agree(wish(19 + rank), LIMITS).num_tokens
 
-    assert simulated(2, play) == [(19, 20)] * 2
-
-
-def test_a_rank_that_comes_while_the_roll_is_called_is_in_time(simulated):
-    def play(rank, agreement):
-        time.sleep(1.1 * (rank == 1))
-        return agreement.agree(wish(19 + rank), LIMITS).num_tokens
-
-    assert simulated(3, play, timeout_s=0.6) == [(19, 20, 21)] * 3
+    assert simulated(num_ranks, play, timeout_s=timeout_s) == [tuple(range(19, 19 + num_ranks))] * num_ranks
 
 
 def test_a_rank_that_compiles_is_waited_for(simulated):
@@ -397,6 +394,22 @@ def test_a_rank_that_breaks_its_word_is_an_error_on_every_rank(simulated):
     one, broke, two = simulated(3, play, timeout_s=20.0)
     assert re.match(r"Disagreement: rank 1 announced Wish\(num_tokens=19, .*, but came with Wish\(num_tokens=23", broke)
     assert one == two == broke.replace("Disagreement: ", "RankLost: rank 1 left: ")
+    assert time.monotonic() - began < 3.0
+
+
+def test_a_rank_that_announced_a_step_and_finds_its_inputs_wrong_is_not_waited_for(simulated):
+    def play(rank, agreement):
+        agreement.agree_ahead(wish(19))
+        if rank == 1:
+            return agreement.meet(Wish.wrong(PROGRAM, CONFIG))
+        agreement.agree(wish(19), LIMITS)
+        return agreement.share([rank])  # plays what it was told, and waits for the others there
+
+    began = time.monotonic()
+    one, wrong, two = simulated(3, play, timeout_s=20.0)
+    assert wrong is None
+    assert one == two
+    assert re.match(r"RankLost: rank 1 left: it announced Wish\(num_tokens=19, .*is_valid=False", one)
     assert time.monotonic() - began < 3.0
 
 
