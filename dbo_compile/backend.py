@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from dbo_compile.dump import publish
 from dbo_compile.errors import InvalidSchedule, NotSplit
 from dbo_compile.log import logger, setup_from_environment
 from dbo_compile.passes.capturable import why_not_captured
-from dbo_compile.report import Report
+from dbo_compile.report import Report, is_gone
 from dbo_compile.rules.collectives import sms_setters
 from dbo_compile.runtime import graphs
 from dbo_compile.runtime.agree import CPU, Agreement, agreement_over, check_covers
@@ -45,6 +46,16 @@ def dbo(
 
 def compile_with(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config) -> Callable[..., Any]:
     """Compile a Dynamo graph with options that were checked before."""
+    fn, report = _compiled(gm, example_inputs, config)
+    publish(report, config.dump)
+    weakref.finalize(fn, is_gone, report).atexit = False
+    return fn
+
+
+Compiled = tuple[Callable[..., Any], Report]
+
+
+def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Compiled:
     original = copy.copy(gm)
     groups = capture.comm_groups(gm)
     try:
@@ -54,8 +65,8 @@ def compile_with(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: C
     try:
         return _split(gm, example_inputs, config, groups)
     except NotSplit as why:
-        fn = _not_split(original, example_inputs, config, str(why))
-        return Follower(fn, _agreement(groups, config), config) if groups else fn
+        fn, report = _not_split(original, example_inputs, config, str(why))
+        return (Follower(fn, _agreement(groups, config), config) if groups else fn), report
 
 
 def _refuse_what_none_splits(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> None:
@@ -68,13 +79,11 @@ def _refuse_what_none_splits(gm: fx.GraphModule, example_inputs: Sequence[Any], 
         raise NotSplit('it has no communication to hide; split="always" splits it all the same')
 
 
-def _not_split(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, why: str
-) -> Callable[..., Any]:
+def _not_split(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, why: str) -> Compiled:
     """What the user would have without us."""
     logger.info("a graph is not split: %s", why)
-    publish(Report(why=why, captured=gm.graph), config.dump)
-    return compat.whole_graph_inductor(gm, example_inputs) if config.inner == "inductor" else gm.forward
+    fn = compat.whole_graph_inductor(gm, example_inputs) if config.inner == "inductor" else gm.forward
+    return fn, Report(why=why, captured=gm.graph)
 
 
 def _agreement(groups: Sequence[str], config: Config, device: torch.device = CPU) -> Agreement:
@@ -88,23 +97,24 @@ def _agreement(groups: Sequence[str], config: Config, device: torch.device = CPU
     return agreement_over(group, config.timeout_s, device if config.dp_sync == "device" else CPU)
 
 
-def _split(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, groups: Sequence[str]
-) -> Callable[..., Any]:
+def _split(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, groups: Sequence[str]) -> Compiled:
     tokens = capture.token_tensors(gm, example_inputs, config.token_dims)
     requests = capture.request_tensors(gm, example_inputs, config.token_dims)
     capture.make_symbolic(tokens, requests)
     agreement = _agreement(groups, config, tokens[0].tensor.device)
 
-    def compile_aten(aten_gm: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
+    report = Report(captured=gm.graph)
+
+    def compile_aten(aten_gm: fx.GraphModule, fake_inputs: Sequence[Any]) -> Engine:
         with agreement.busy():
             try:
-                return compile_graph(aten_gm, tokens, config, agreement, requests)
+                report.compilation, report.engine = compile_graph(aten_gm, tokens, config, agreement, requests)
+                return report.engine
             except InvalidSchedule as error:  # an op that is played once writes rows that would be joined for it
                 raise NotSplit(f"no program can be made of it: {error}") from error
 
     try:
-        return compat.to_aten(gm, example_inputs, compile_aten)
+        return compat.to_aten(gm, example_inputs, compile_aten), report
     except NotSplit:
         raise
     except Exception as error:
@@ -118,7 +128,7 @@ def compile_graph(
     config: Config,
     agreement: Agreement,
     requests: Sequence[capture.RequestTensor] = (),
-) -> Engine:
+) -> tuple[Compilation, Engine]:
     """Every level of an ATen graph, top to bottom, and at the end the engine that plays it."""
     whole = fx.GraphModule(gm, copy.copy(gm.graph))
     _refuse_sizes_from_data(gm.graph)
@@ -139,8 +149,7 @@ def compile_graph(
         made.by_costs,
     )
     engine.player = _player(gm.graph, engine, tokens, config)
-    publish(Report(compilation=made, engine=engine, captured=tokens[0].placeholder.graph), config.dump)
-    return engine
+    return made, engine
 
 
 def _player(

@@ -12,7 +12,7 @@ import torch
 
 from dbo_compile import compat
 from dbo_compile.backend import dbo
-from dbo_compile.report import reports
+from dbo_compile.report import new_reports, reports
 from dbo_compile.subject import Subject
 
 WARM_UP = 20
@@ -21,7 +21,7 @@ WARM_UP = 20
 
 def bench(subject: Subject, options: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Median seconds of a call of each variant, and the least and most; every rank must call this alike."""
-    before = len(reports())
+    before = reports()
     variants = _variants(subject, options)
     taken: dict[str, list[float]] = {name: [] for name in variants}
     with torch.no_grad(), compat.host_reads_in_graph():
@@ -36,7 +36,7 @@ def bench(subject: Subject, options: dict[str, Any], repeats: int) -> dict[str, 
             name: {"median": statistics.median(s), "least": min(s), "most": max(s)} for name, s in taken.items()
         },
         "repeats": repeats,
-        "graphs": [report.to_dict() for report in reports()[before:]],
+        "graphs": [report.to_dict() for report in new_reports(before)],
     }
 
 

@@ -25,7 +25,7 @@ from dbo_compile.log import rank, warn_once
 from dbo_compile.measure import Player, timed
 from dbo_compile.page import graph_page, root_page
 from dbo_compile.passes.cost import NUM_ROWS
-from dbo_compile.report import Report, add_report, reports, times
+from dbo_compile.report import Report, add_report, times
 from dbo_compile.runnable import runnable
 from dbo_compile.runtime.clock import Interval, Timeline
 from dbo_compile.text import captured_text, placements_text, segments_text
@@ -98,7 +98,6 @@ class _Watch:
     def __init__(self, report: Report, root: Folder) -> None:
         self.report = report
         self.root = root
-        self.number = len(reports()) - 1
         self.compile_id = compat.compile_id()
         self.links: list[tuple[str, str]] = []
         self.written: Levels | None = None
@@ -136,9 +135,9 @@ class _Watch:
         if not self.links or self.report.levels is not self.written:  # the gate may have had it compiled again
             levels = _levels(self.report)
             self.links, self.written = [(file.name, file.what) for file in levels], self.report.levels
-        facts = {"rank": rank() or 0, "graph": self.number, "compile_id": self.compile_id}
+        facts = {"rank": rank() or 0, "graph": self.report.number, "compile_id": self.compile_id}
         results = _results(self.report, self.calls, facts=facts, links=self.links)
-        _written(self.root, [*levels, *results], under=f"rank{rank() or 0}/graph{self.number}/")
+        _written(self.root, [*levels, *results], under=f"rank{rank() or 0}/graph{self.report.number}/")
         _write_index(self.root)
 
 

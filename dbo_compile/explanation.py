@@ -15,7 +15,7 @@ from dbo_compile import compat
 from dbo_compile.backend import dbo
 from dbo_compile.measure import measured_each
 from dbo_compile.overview import overview, overview_html
-from dbo_compile.report import Report, reports, times
+from dbo_compile.report import Report, new_reports, reports, times
 from dbo_compile.runtime.clock import Timeline
 
 MOST_CALLS = 4
@@ -87,10 +87,10 @@ def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwa
     `model` is a Module or a function; `options` are those of the backend. The first call compiles, another one is
     timed. Neither the arguments nor the buffers of the model are changed. Where ranks communicate, all must call this.
     """
-    before = len(reports())
+    before = reports()
     call = _compiled(model, options or {})
     _run(call, model, args, kwargs)
-    found = tuple(reports()[before:])
+    found = tuple(new_reports(before))
     return Explanation(found, _timelines(found, lambda: _run(call, model, args, kwargs)))
 
 
@@ -139,13 +139,13 @@ def verify(
         eager = _run(model, model, args, kwargs)
         always = {**(options or {}), "split": "always", "gate": "never"}  # it is what the gate does, to be seen
         unsplit = _run(_compiled(model, always | {"min_tokens": 2**62}), model, args, kwargs)
-        before = len(reports())
+        before = reports()
         split = _run(_compiled(model, always), model, args, kwargs)
         diff, equal = _difference(split, unsplit, atol, rtol)
         eager_diff, _ = _difference(split, eager, atol, rtol)
     except Exception as error:  # a check that raises is one more thing to guard
         return Verification(False, float("nan"), float("nan"), split=False, error=f"{type(error).__name__}: {error}")
-    return Verification(equal, diff, eager_diff, split=any(r.calls_split for r in reports()[before:]))
+    return Verification(equal, diff, eager_diff, split=any(r.calls_split for r in new_reports(before)))
 
 
 def _compiled(model: Any, options: dict[str, Any]) -> Callable[..., Any]:

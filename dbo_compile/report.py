@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,16 @@ SCHEMA_VERSION = 1
 class Report:
     """One compiled graph. `calls`, `calls_split` and `decline_counts` go on counting.
 
-    `captured` is the graph as Dynamo made it. `reason` says why the graph as a whole is not split ("" if it is), `why`
-    as far as it was known when it was compiled; `decline_counts` says why single calls were not.
+    `captured` is the graph as Dynamo made it; `number` counts the graphs of this process. `reason` says why the graph
+    as a whole is not split ("" if it is), `why` as far as it was known when it was compiled; `decline_counts` says why
+    single calls were not.
     """
 
     why: str = ""
     compilation: Compilation | None = None
     engine: Engine | None = None
     captured: fx.Graph | None = None
+    number: int = field(default_factory=count().__next__)
 
     @property
     def levels(self) -> Levels | None:
@@ -140,13 +144,31 @@ def save_decisions(path: str | os.PathLike[str]) -> None:
     Path(path).write_text(decisions_text(graphs))
 
 
+MOST_GONE = 8
+"""Of so many graphs that are gone there still is a report: a process that goes on compiling must not go on growing."""
 _reports: list[Report] = []
+_gone: deque[Report] = deque()
 
 
 def add_report(report: Report) -> None:
     _reports.append(report)
 
 
+def is_gone(report: Report) -> None:
+    """Nothing plays the graph of this report any more."""
+    _gone.append(report)
+    if len(_gone) > MOST_GONE:
+        _reports.remove(_gone.popleft())
+
+
 def reports() -> list[Report]:
-    """One report per graph compiled by this process so far, in the order of compilation."""
+    """One report per graph that this process has compiled, in the order of compilation.
+
+    Of graphs that are gone, with their model or by `torch._dynamo.reset()`, there are the last eight.
+    """
     return list(_reports)
+
+
+def new_reports(before: Sequence[Report]) -> list[Report]:
+    """The reports that there were not `before`."""
+    return [report for report in reports() if report not in before]

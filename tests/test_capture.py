@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dbo_compile import reports
+from dbo_compile.report import new_reports
 
 ALWAYS = {"split": "always", "inner": "eager"}
 INDUCTOR = {"split": "always"}
@@ -22,7 +23,7 @@ def check(fn, *calls, options=ALWAYS, fullgraph=True, mark=()):
 
     `mark` are dims of the arguments, one each, that the caller marks as dynamic.
     """
-    before = len(reports())
+    before = reports()
     compiled = torch.compile(fn, backend="dbo", options=options, fullgraph=fullgraph)
     with torch.no_grad():
         for make in calls:
@@ -31,7 +32,7 @@ def check(fn, *calls, options=ALWAYS, fullgraph=True, mark=()):
                 torch._dynamo.mark_dynamic(x, dim)
             torch.testing.assert_close(compiled(*mine), fn(*eager), **EXACT)
             torch.testing.assert_close(mine, eager, **EXACT)
-    return reports()[before:]
+    return new_reports(before)
 
 
 def rows(*sizes, width=5):

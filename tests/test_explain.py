@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
+import weakref
 from html.parser import HTMLParser
 
 import pytest
@@ -18,6 +20,7 @@ from dbo_compile import register_rule, reports
 from dbo_compile.advice import ANY, advice
 from dbo_compile.explanation import explain, verify
 from dbo_compile.ir.tokens import Split
+from dbo_compile.report import MOST_GONE
 from tests.schema import faults, report_schema
 from tests.tensors import values
 
@@ -330,6 +333,20 @@ def test_a_report_of_a_graph_that_is_not_split_counts_nothing():
     assert (report.split, report.num_microbatches, report.num_segments, report.num_unique_segments) == (False, 1, 0, 0)
     assert (report.num_comm_ops, report.fingerprint, report.barriers, report.obligations) == (0, "", {}, {})
     assert (report.calls, report.calls_split, report.decline_counts) == (0, 0, {})
+
+
+@pytest.mark.parametrize("split", ["always", "never"])
+def test_of_graphs_that_are_gone_the_last_few_are_reported(split):
+    def made_and_thrown_away():
+        torch.compile(nn.Linear(5, 5).double(), backend="dbo", options=EAGER | {"split": split})(values(9, 5))
+        torch._dynamo.reset()
+        return weakref.ref(reports()[-1].compilation or reports()[-1].captured)
+
+    with torch.no_grad():
+        graphs = [made_and_thrown_away() for _ in range(MOST_GONE + 3)]
+    gc.collect()
+    assert [graph() is None for graph in graphs[-MOST_GONE - 1 :]] == [True] + [False] * MOST_GONE
+    assert len({report.number for report in reports()}) == len(reports())
 
 
 def test_the_list_of_reports_is_the_callers_own():

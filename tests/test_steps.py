@@ -14,6 +14,7 @@ import torch.distributed._functional_collectives as funcol
 import dbo_compile
 from dbo_compile import load_decisions, reports, save_decisions
 from dbo_compile.integrations.transformers import expert_parallel
+from dbo_compile.report import new_reports
 from tests.integrations.models import VOCAB, tiny_model
 from tests.ranks import Ranks
 
@@ -93,7 +94,7 @@ def without_decorator(implementation, batches, pad_to):
     """The largest difference to one process, and what was declined, of plain `torch.compile`."""
     torch.set_num_threads(1)
     torch._dynamo.reset()
-    before = len(reports())
+    before = reports()
     alone = tiny_model("qwen3_moe", experts="batched_mm", dtype=torch.float64)
     model = tiny_model("qwen3_moe", experts="grouped_mm", dtype=torch.float64)
     expert_parallel(model, ep_implementation=implementation)
@@ -104,7 +105,7 @@ def without_decorator(implementation, batches, pad_to):
         for shape in batches[dist.get_rank()]:
             ids = torch.randint(0, VOCAB, shape if isinstance(shape, tuple) else (shape, 7))
             worst = max(worst, (compiled(ids).logits - alone(ids).logits).abs().max().item())
-    found = reports()[before:]
+    found = new_reports(before)
     declined = [reason for r in found for reason in (r.decline_counts or [r.reason]) if reason]
     return worst, sum(r.calls_split for r in found), declined
 

@@ -13,6 +13,7 @@ from dbo_compile import compilation, reports
 from dbo_compile.axes import CuSeqlens, Tokens
 from dbo_compile.config import Config
 from dbo_compile.ir.program import Program
+from dbo_compile.report import new_reports
 from dbo_compile.runtime.engine import Engine
 from dbo_compile.runtime.given import RequestInputs
 from dbo_compile.runtime.plan import BatchPlan, Phase
@@ -43,7 +44,7 @@ def straddling():
 
 @pytest.mark.parametrize(("inner", "num_steps"), [("eager", 60), ("inductor", 3)])
 def test_random_steps_are_what_one_request_at_a_time_gives(group, inner, num_steps):
-    before, model = len(reports()), Model(group, num_layers=2 if inner == "eager" else 1).double()
+    before, model = reports(), Model(group, num_layers=2 if inner == "eager" else 1).double()
     plain, run = Model(group, num_layers=len(model.layers)).double(), compiled(model, inner=inner)
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -51,7 +52,7 @@ def test_random_steps_are_what_one_request_at_a_time_gives(group, inner, num_ste
             want = torch.cat([plain(*step_of([one])) for one in work])
             torch.testing.assert_close(run(*step_of(work)), want, rtol=0, atol=1e-12)
             torch.testing.assert_close(caches(model), caches(plain), rtol=0, atol=1e-12)
-    graphs = reports()[before:]
+    graphs = new_reports(before)
     assert all(r.split or r.reason == "it has a single token" for r in graphs)
     assert sum(r.calls_split for r in graphs) >= num_steps // 3
     assert not any(r.barriers for r in graphs)
@@ -59,7 +60,7 @@ def test_random_steps_are_what_one_request_at_a_time_gives(group, inner, num_ste
 
 def test_the_decorator_takes_metadata_in_a_dataclass_and_pads_around_it(group):
     """Of 13, 13 and 0 tokens: all are played by the graphs of 16."""
-    before, model = len(reports()), Model(group).double()
+    before, model = reports(), Model(group).double()
     plain = twin(model, group)
     options = OPTIONS | {"token_dims": MEMBERS, "pad_to": [16], "pad_values": {"metadata.slots": NOBODYS}}
     run = dbo_compile.dbo(model, **options)
@@ -71,7 +72,7 @@ def test_the_decorator_takes_metadata_in_a_dataclass_and_pads_around_it(group):
         run.forward.idle_step()
     for mine, theirs in zip(caches(model), caches(plain), strict=True):
         torch.testing.assert_close(mine.flatten(0, 1)[:NOBODYS], theirs.flatten(0, 1)[:NOBODYS], rtol=0, atol=1e-12)
-    assert [r.calls_split for r in reports()[before:] if r.calls] == [2]
+    assert [r.calls_split for r in new_reports(before) if r.calls] == [2]
 
 
 def test_a_dict_of_metadata_works_as_well():
@@ -190,10 +191,10 @@ def test_the_gate_finds_that_microbatches_write_and_attend_in_the_wrong_order(gr
 
     monkeypatch.setattr(compilation, "order", wrong)
     monkeypatch.setattr(compilation, "Program", lambda *args: Program(*args[:3], straddles=False))
-    model, before = Model(group).double(), len(reports())
+    model, before = Model(group).double(), reports()
     plain, step = twin(model, group), straddling()
     with torch.no_grad():
         assert torch.equal(compiled(model)(*step), plain(*step))
     assert all(map(torch.equal, caches(model), caches(plain)))
-    (report,) = reports()[before:]
+    (report,) = new_reports(before)
     assert report.reason.startswith("splitting changed result 0 of the graph")

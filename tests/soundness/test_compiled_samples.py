@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dbo_compile import reports
+from dbo_compile.report import new_reports
 from tests.soundness.calls import SAMPLE_ERRORS, UNCHECKED, all_ops, samples
 
 FULL = "SOUNDNESS_OP_DB" in os.environ
@@ -86,7 +87,7 @@ def cases(info: Any, dtype: torch.dtype, num_samples: int) -> Iterator[Case]:
 def outcome(case: Case) -> str:
     """How a case was played; a wrong answer raises `AssertionError`."""
     torch._dynamo.reset()
-    known = len(reports())
+    known = reports()
     compiled = torch.compile(case.fn, backend="dbo", options=ALWAYS | {"token_dims": case.token_dims})
     for fewer in case.numbers_fewer():
         mine, its = case.tensors(fewer), case.tensors(fewer)
@@ -98,7 +99,7 @@ def outcome(case: Case) -> str:
         torch.manual_seed(7)
         _assert_same(compiled(its), want, f"{case}: {fewer} tokens less")
         _assert_same(its, mine, f"{case}: arguments after, {fewer} tokens less")
-    return "split" if any(r.calls_split for r in reports()[known:]) else "whole"
+    return "split" if any(r.calls_split for r in new_reports(known)) else "whole"
 
 
 def _assert_same(got: Any, want: Any, what: str) -> None:

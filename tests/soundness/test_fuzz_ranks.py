@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dbo_compile import backend, reports
 from dbo_compile.passes.order import POLICIES
+from dbo_compile.report import new_reports
 from dbo_compile.rules import registry
 from dbo_compile.runtime.agree import Agreement
 from tests.soundness.local_ranks import ALONE, Stopped, on_ranks
@@ -56,14 +57,14 @@ def of_rank(rank, num_tokens):
 def check(source, num_microbatches=2, policy="list"):
     """How many sizes were split; what every rank returns and writes is what it is in eager."""
     torch._dynamo.reset()
-    before, num_split = len(reports()), 0
+    before, num_split = reports(), 0
     options = {"split": "always", "inner": "eager", "gate": "never", "token_dims": TOKEN_DIMS, "policy": policy}
     options |= {"num_microbatches": num_microbatches}
     compiled = torch.compile(function(source), backend="dbo", options=options, fullgraph=True)
     with torch.no_grad():
         for n in SIZES:
             compile_only(compiled, of_rank(0, n))
-            engine = reports()[-1].engine if len(reports()) > before else None
+            engine = made[-1].engine if (made := new_reports(before)) else None
             args = [of_rank(rank, n) for rank in range(NUM_RANKS)]
             if engine is None or (both := on_ranks(engine, compiled, args)) is None:
                 continue
