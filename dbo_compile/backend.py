@@ -130,7 +130,7 @@ def compile_graph(
     requests: Sequence[capture.RequestTensor] = (),
 ) -> tuple[Compilation, Engine]:
     """Every level of an ATen graph, top to bottom, and at the end the engine that plays it."""
-    whole = fx.GraphModule(gm, copy.copy(gm.graph))
+    whole = compat.lazy_module(gm, copy.copy(gm.graph))
     _refuse_sizes_from_data(gm.graph)
     compat.reinplace(gm)
     inputs = g.inputs(gm.graph)
@@ -141,7 +141,7 @@ def compile_graph(
     token_inputs = [(position[t.index], t.dim, t.name) for t in tokens]
     engine = Engine(
         made.programs,
-        Whole(whole.forward, made.compile_whole if config.inner == "inductor" else None),
+        Whole(lambda *args: whole.forward(*args), made.compile_whole if config.inner == "inductor" else None),
         signature_of(gm.graph, made.levels.tokens, token_inputs, traced, config),
         agreement,
         config,

@@ -34,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd import profiler
 from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -103,6 +104,14 @@ def while_dynamo_compiles(begin: Callable[[Any], None], end: Callable[[Any], Non
     if begin not in callback_handler.start_callbacks:
         callback_handler.register_start_callback(begin)
         callback_handler.register_end_callback(end)
+
+
+# -- FX ---------------------------------------------------------------------------------------------------------------
+
+
+def lazy_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A module whose Python is written when it is first called: for graphs that may only be compiled."""
+    return _LazyGraphModule(root, graph)
 
 
 # -- AOTAutograd and Inductor -----------------------------------------------------------------------------------------

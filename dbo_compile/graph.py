@@ -117,14 +117,14 @@ def has_tag(node: fx.Node, tag: torch.Tag) -> bool:
 
 def written(node: fx.Node) -> tuple[fx.Node, ...]:
     """The arguments that an op changes in place, by its schema."""
-    return tuple(arg for arg, info in _schema_args(node) if info is not None and info.is_write)
+    return tuple([arg for arg, info in _schema_args(node) if info.is_write])
 
 
 def viewed(node: fx.Node) -> tuple[fx.Node, ...]:
     """The arguments whose memory the result of an op may share, by its schema."""
     if node.target is WAIT:  # hands its argument on, though its schema does not say so
         return tuple(node.all_input_nodes)
-    own = tuple(arg for arg, info in _schema_args(node) if info is not None and not info.is_write)
+    own = tuple([arg for arg, info in _schema_args(node) if not info.is_write])
     return own if _returns_new(node.target) else own + written(node)
 
 
@@ -197,16 +197,14 @@ def _hint(size: int | torch.SymInt) -> int:
     return int(expr.xreplace(known | dict.fromkeys(free, sympy.Integer(7))))
 
 
-def _schema_args(node: fx.Node) -> Iterator[tuple[fx.Node, Any]]:
+def _schema_args(node: fx.Node) -> list[tuple[fx.Node, Any]]:
     """The nodes among the arguments whose memory the op says something about, and what it says."""
     aliased = _aliased_args(node.target)
-    if not aliased:
-        return
-    for name, arg in (*((i, arg) for i, arg in enumerate(node.args)), *node.kwargs.items()):
-        if name in aliased:
-            for leaf in flat(arg):
-                if isinstance(leaf, fx.Node):
-                    yield leaf, aliased[name]
+    if not aliased:  # so it is for most ops, and this is asked of every node many times
+        return []
+    args = [*enumerate(node.args), *node.kwargs.items()]
+    leaves = [(leaf, aliased[name]) for name, arg in args if name in aliased for leaf in flat(arg)]
+    return [(leaf, info) for leaf, info in leaves if isinstance(leaf, fx.Node)]
 
 
 @cache

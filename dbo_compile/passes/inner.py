@@ -55,7 +55,8 @@ def _inductor(code: Code, hints: Mapping[sympy.Symbol, int]) -> Compiled:
         *(shapes.number(s) for s in code.numbers),
         *(shapes.tensor(a.sizes, a.strides, a.like) for a in code.tensors),
     ]
-    own = fx.GraphModule(code.module, copy.deepcopy(code.module.graph))  # constants are shared: they cannot be copied
+    # Constants are shared: they cannot be copied.
+    own = compat.lazy_module(code.module, copy.deepcopy(code.module.graph))
     fn = compat.segment_inductor(own, inputs, shapes)
     return Compiled(fn, tuple(g for g in shapes.guards() if g.has(TOKENS)))
 
@@ -74,7 +75,7 @@ def compile_whole(
         shapes.number(numbers.expr(val)) if g.is_symbolic_number(node) else _fake(shapes, numbers, val)
         for node, val in zip(placeholders, map(g.value, placeholders), strict=True)
     ]
-    own = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    own = compat.lazy_module(gm, copy.deepcopy(gm.graph))
     fn = compat.segment_inductor(own, inputs, shapes)
     return Compiled(fn, tuple(guard for guard in shapes.guards() if guard.has(TOKENS)))
 
