@@ -54,16 +54,23 @@ def as_traced(
     symbols = tuple(dict.fromkeys(g.expression(g.value(n).shape[d]) for n, d in token_dims.items()))
     if not all(symbol.is_Symbol for symbol in symbols):
         raise NotSplit(capture.SPECIALISED)
-    for node, dim in token_dims.items():
-        others = [s for d, s in enumerate(g.value(node).shape) if d != dim]
-        if any(g.expression(s).has(*symbols) for s in others):
-            raise NotSplit(f"{node.name} has another dim whose size is traced as the number of tokens: call it first "
-                           "with a number of tokens that is no other size of the model")
+    token_dims = _rows_of_tokens(token_dims, symbols)
     numbers = [g.value(n) for n in g.inputs(gm.graph) if g.is_symbolic_number(n)]
     hints = {g.expression(number): int(number.node.hint) for number in numbers}
     num_tokens = max(hints.pop(s) for s in symbols)
     given = {node: placement_of(axis) for node, axis in axes.values() if is_given(axis)}
     return Traced(gm, token_dims, symbols, {TOKENS: num_tokens, **hints}, axes, given)
+
+
+def _rows_of_tokens(token_dims: Mapping[fx.Node, int], symbols: Sequence[sympy.Symbol]) -> dict[fx.Node, int]:
+    """The inputs that carry tokens, without those that have a number for each pair of tokens, as masks have."""
+    sizes = {node: [g.expression(size) for size in g.value(node).shape] for node in token_dims}
+    apart = {n: d for n, d in token_dims.items() if not any(s.has(*symbols) for s in sizes[n][:d] + sizes[n][d + 1 :])}
+    if not apart:
+        name = next(iter(token_dims)).name
+        raise NotSplit(f"{name} has another dim whose size is traced as the number of tokens: call it first "
+                       "with a number of tokens that is no other size of the model")
+    return apart
 
 
 def signature_of(
@@ -103,9 +110,12 @@ def _token_dim(result: Any, placed: TokenMap) -> int | None:
 
 def _why_not_padded(graph: fx.Graph, placed: TokenMap, traced: Traced, *, has_values: bool) -> str:
     """Why rows of padding could change what is computed of the others; "" if they cannot."""
-    for node in traced.given:
-        if g.symbols_of(g.value(node)) & {*traced.symbols}:
-            return f"{node.name} has a row for each token, and what it tells of requests is not padded"
+    for node in g.inputs(graph):
+        rows = g.symbols_of(g.value(node)) & {*traced.symbols}
+        if rows and node not in traced.token_dims and not g.is_symbolic_number(node):
+            return f"{node.name} has a row for each token, and only inputs that token_dims names are padded"
+    for node in placed.wholes:
+        return f"{node.name} ({g.source_line(node)}) attends to all tokens, and would to padding"
     for node, why in placed.barriers.items():
         return f"{node.name} ({g.source_line(node)}) sees all tokens at once: {why}"
     for node in g.results(graph):

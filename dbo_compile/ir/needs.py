@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from dbo_compile.ir.schedule import Segment, Step
 
@@ -30,12 +30,12 @@ def steps_of(segment: Segment, num_microbatches: int) -> tuple[Step, ...]:
     return tuple(Step(segment.name, m) for m in (range(num_microbatches) if segment.per_microbatch else [None]))
 
 
-def needed_steps(needed: Segment, step: Step, num_microbatches: int, prefix: Sequence[str]) -> tuple[Step, ...]:
-    """The steps of segment `needed` that `step` needs: its own microbatch's, or all; those of earlier ones as well if
-    `needed` makes a value in `prefix`, the one of the segment that `step` plays."""
-    if not needed.per_microbatch or step.microbatch is None:
+def needed_steps(needed: Segment, step: Step, num_microbatches: int, reader: Segment) -> tuple[Step, ...]:
+    """The steps of segment `needed` that `step` of segment `reader` needs: its own microbatch's, or all; those of
+    earlier ones as well if `needed` makes a value of which `reader` reads them."""
+    if not needed.per_microbatch or step.microbatch is None or any(value in reader.whole for value in needed.outputs):
         return steps_of(needed, num_microbatches)
-    first = 0 if any(value in prefix for value in needed.outputs) else step.microbatch
+    first = 0 if any(value in reader.prefix for value in needed.outputs) else step.microbatch
     return tuple(Step(needed.name, m) for m in range(first, step.microbatch + 1))
 
 

@@ -91,6 +91,8 @@ class _Contents:
         for value, reg in values.items():
             if value in segment.prefix and run.microbatch is not None:
                 self._check_prefix(value, reg, run.microbatch)
+            elif value in segment.whole:
+                self._check_whole(value, reg)
             elif self.holds[reg] not in self._expected(value, run.microbatch):
                 raise InvalidProgram(f"reads {reg}, which is not {value} for {_whom(run.microbatch)}")
         self.holds.update({reg: (value, run.microbatch) for reg, value in zip(run.outs, segment.outputs, strict=True)})
@@ -106,6 +108,10 @@ class _Contents:
         expected = (value, 0) if not microbatch else (value, None) if last else (_up_to(value, microbatch), None)
         if self.holds[reg] != expected:
             raise InvalidProgram(f"reads {reg}, which is not {value} for microbatches 0 to {microbatch}")
+
+    def _check_whole(self, value: str, reg: Reg) -> None:
+        if self.holds[reg] != (value, None):
+            raise InvalidProgram(f"reads {reg}, which is not {value} for all tokens")
 
     def _slice(self, instr: Slice) -> None:
         value, microbatch = self.holds[instr.src]
@@ -193,5 +199,5 @@ class _Steps:
 
     def _needed(self, needed: Segment, step: Step) -> tuple[Step, ...]:
         n = self.program.num_microbatches
-        prefix = self.program.segments[step.segment].prefix
-        return needed_steps(needed, step, n, prefix) if n > 1 else (Step(needed.name),)
+        reader = self.program.segments[step.segment]
+        return needed_steps(needed, step, n, reader) if n > 1 else (Step(needed.name),)

@@ -24,12 +24,12 @@ class Segment:
 
     `inputs` and `outputs` name values; `ROWS` and `START` may be among the inputs. `writes` are the inputs it changes
     in place, `paged` those of them in which each request has places of its own; `aliases` maps an output to the input
-    whose memory it may share. Of the inputs in `prefix` it reads the rows of its own and of all earlier microbatches.
-    `after` names segments that must have been played before this one although it reads
-    nothing of theirs (they read what it overwrites): for the same microbatch if both are played per microbatch, else
-    all of them. `group` is the process group of a collective and `payload` what it sends, as far as all ranks must have
-    that in common; "" elsewhere. `host` segments read device data on the host. Segments with the same `code` are the
-    same code.
+    whose memory it may share. Of the inputs in `prefix` it reads the rows of its own and of all earlier microbatches,
+    of those in `whole` the rows of all. `after` names segments that must have been played before this one although it
+    reads nothing of theirs (they read what it overwrites): for the same microbatch if both are played per microbatch,
+    else all of them. `group` is the process group of a collective and `payload` what it sends, as far as all ranks must
+    have that in common; "" elsewhere. `host` segments read device data on the host. Segments with the same `code` are
+    the same code.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Segment:
     writes: tuple[str, ...] = ()
     paged: tuple[str, ...] = ()
     prefix: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
     aliases: Mapping[str, str] | None = None
     after: tuple[str, ...] = ()
 

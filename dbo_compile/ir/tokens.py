@@ -89,11 +89,15 @@ FRESH = "?"
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What a rule may see of a tensor argument. Sizes are sympy expressions over `TOKENS` and other symbols."""
+    """What a rule may see of a tensor argument. Sizes are sympy expressions over `TOKENS` and other symbols.
+
+    `is_causal`: as an attention mask [.., T, T] it is known to hide all later tokens from each token.
+    """
 
     sizes: tuple[sympy.Expr, ...]
     place: Placement
     dtype: torch.dtype = torch.float32
+    is_causal: bool = False
 
     @property
     def ndim(self) -> int:
@@ -138,7 +142,8 @@ class Ruling:
     `local_positions`: the op reads its `Split(position)` arguments as row numbers inside the microbatch.
     `paged`: what the op writes into state that all tokens share belongs to its own requests, so that microbatches that
     have none in common may do so in any order. `whole_requests`: it is right only if they have none in common.
-    `prefix`: the positions of arguments of which it needs the rows of earlier microbatches, too.
+    `prefix`: the positions of arguments of which it needs the rows of earlier microbatches, too; `whole`: of which it
+    needs the rows of all.
     """
 
     place: Placement | tuple[Placement, ...]
@@ -147,6 +152,7 @@ class Ruling:
     paged: bool = False
     whole_requests: bool = False
     prefix: tuple[int, ...] = ()
+    whole: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +163,8 @@ class TokenMap:
     op that is played once on all tokens, `obligations` what is taken on trust and by which op, `localised` the ops
     that read positions as row numbers inside the microbatch, `paged` those that write to places of their own requests
     only, `whole_requests` those for whose sake no request may have tokens in two microbatches. `prefixes` has for an op
-    the values of which it reads the rows of its own and of all earlier microbatches.
+    the values of which it reads the rows of its own and of all earlier microbatches, `wholes` those of which it reads
+    the rows of all.
     """
 
     places: Mapping[fx.Node, Placement | tuple[Placement, ...]]
@@ -167,3 +174,8 @@ class TokenMap:
     paged: Mapping[fx.Node, None] = field(default_factory=dict)
     whole_requests: Mapping[fx.Node, None] = field(default_factory=dict)
     prefixes: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
+    wholes: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
+
+    def reads_others(self, node: fx.Node) -> bool:
+        """Whether an op reads rows of other microbatches, too."""
+        return node in self.prefixes or node in self.wholes

@@ -16,8 +16,7 @@ def verify_schedule(schedule: Schedule) -> None:
     done: set[Step] = set()
     for at, step in enumerate(schedule.steps):
         for name, why in needs[step.segment].items():
-            prefix = schedule.segments[step.segment].prefix
-            for needed in needed_steps(schedule.segments[name], step, n, prefix):
+            for needed in needed_steps(schedule.segments[name], step, n, schedule.segments[step.segment]):
                 if needed not in done:
                     raise _error(schedule, at, f"{step} must come after {needed}: {why}")
         done.add(step)

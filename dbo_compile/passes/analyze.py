@@ -33,8 +33,9 @@ from dbo_compile.ir.tokens import (
     TokenMap,
     Value,
 )
+from dbo_compile.passes.attend import read_beyond
+from dbo_compile.passes.causal import hides_later_tokens
 from dbo_compile.passes.given import given_numbers
-from dbo_compile.passes.prefix import prefix_of
 from dbo_compile.rules import rule_of
 from dbo_compile.rules.registry import reads_whole
 
@@ -103,13 +104,15 @@ class _Walk:
         self.paged: dict[fx.Node, None] = {}
         self.whole_requests: dict[fx.Node, None] = {}
         self.prefixes: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self.wholes: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.needed_whole: dict[fx.Node, str] = {}
         self.region = _Regions()
 
     def token_map(self) -> TokenMap:
         return TokenMap(
-            self.places, self.barriers, self.obligations, self.localised, self.paged, self.whole_requests, self.prefixes
-        )
+            self.places, self.barriers, self.obligations, self.localised, self.paged, self.whole_requests,
+            self.prefixes, self.wholes,
+        )  # fmt: skip
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -170,6 +173,12 @@ class _Walk:
         ruling = rule(*g.map_nodes(node.args, self._argument), **g.map_nodes(node.kwargs, self._argument))
         if not isinstance(ruling, Ruling):
             ruling = Ruling(ruling)
+        self._note(node, ruling)
+        if isinstance(ruling.place, tuple):
+            return tuple(_named(p, node) for p in ruling.place)
+        return _named(ruling.place, node)
+
+    def _note(self, node: fx.Node, ruling: Ruling) -> None:
         if ruling.assumes and not g.is_vouched_for(node):
             self.obligations[node] = ruling.assumes
         if ruling.local_positions:
@@ -179,10 +188,9 @@ class _Walk:
         if ruling.whole_requests:
             self.whole_requests[node] = None
         if ruling.prefix:
-            self.prefixes[node] = prefix_of(node, ruling.prefix)
-        if isinstance(ruling.place, tuple):
-            return tuple(_named(p, node) for p in ruling.place)
-        return _named(ruling.place, node)
+            self.prefixes[node] = read_beyond(node, ruling.prefix)
+        if ruling.whole:
+            self.wholes[node] = read_beyond(node, ruling.whole)
 
     def _is_whole(self, node: fx.Node) -> bool:
         """Whether a value is the same for all microbatches and yet has a size that counts tokens."""
@@ -200,7 +208,8 @@ class _Walk:
             return Number(self._expr(val), place)
         if isinstance(val, torch.Tensor):
             assert not isinstance(place, tuple)
-            return Value(tuple(self._expr(s) for s in val.shape), place, val.dtype)
+            is_causal = self._is_whole(node) and hides_later_tokens(node, self.places)
+            return Value(tuple(self._expr(s) for s in val.shape), place, val.dtype, is_causal)
         raise CannotSplit(f"{node.name} is neither a tensor nor a number")
 
     def _refuse_writing_what_is_given(self, node: fx.Node) -> None:

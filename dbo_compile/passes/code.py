@@ -19,9 +19,9 @@ from dbo_compile import compat
 from dbo_compile import graph as g
 from dbo_compile.ir.schedule import ROWS, START
 from dbo_compile.ir.tokens import TOKENS, Split, TokenMap
+from dbo_compile.passes.attend import attend_to_all, attend_to_prefix
 from dbo_compile.passes.cut import Kind
 from dbo_compile.passes.layout import dense_strides, laid_out, order_of
-from dbo_compile.passes.prefix import attend_to_prefix
 from dbo_compile.rules.collectives import comm_op, is_wait
 
 aten = torch.ops.aten
@@ -115,6 +115,10 @@ class Copier:
             kwargs = {**kwargs, "non_blocking": False}
         if node in self.tokens.prefixes:
             self.new[node] = self._attend_to_prefix(node, g.named_args(node, args, kwargs))
+            return
+        if node in self.tokens.wholes:
+            rows, before = self._number(TOKENS), self._number(BEFORE)
+            self.new[node] = attend_to_all(self.graph, node, g.named_args(node, args, kwargs), rows, before)
             return
         if node.target is operator.getitem and node.args[0] in self.tokens.prefixes:  # the only result that is read
             self.new[node] = args[0]

@@ -142,7 +142,7 @@ class _Cutter:
         if g.is_symbolic_number(node) and not g.reads_number(node):  # a result, for all tokens
             return Mode(Kind.COMPUTE, per_microbatch=False)
         kind = Kind.COMM if comm_op(node.target) else Kind.HOST if node in self.host else Kind.COMPUTE
-        if node in self.tokens.prefixes:  # alone: of some inputs it reads other rows than all else does
+        if self.tokens.reads_others(node):  # alone: of some inputs it reads other rows than all else does
             kind = Kind.PLAIN
         places = [self.tokens.places[n] for n in (node, *node.all_input_nodes)]
         return Mode(kind, node not in self.tokens.barriers and not all(isinstance(p, Shared) for p in places))

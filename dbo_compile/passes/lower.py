@@ -47,14 +47,15 @@ class _Lowering:
         self.root: dict[str, str] = {}
         parts = [s for s in schedule.segments.values() if s.per_microbatch and schedule.num_microbatches > 1]
         self.per_microbatch = {v for s in parts for v in s.outputs}
-        self.sliced = {v for s in parts for v in s.inputs} - self.per_microbatch - {ROWS, START}
+        self.sliced = {v for s in parts for v in s.inputs if v not in s.whole} - self.per_microbatch - {ROWS, START}
 
     def add(self, instr: Instr) -> None:
         self.instrs.append(instr)
         self.made.update(makes(instr))
 
     def play(self, segment: Segment, microbatch: int | None) -> None:
-        ins = {value: self.read(value, microbatch) for value in segment.inputs if value not in segment.prefix}
+        ins = {value: self.read(value, None if value in segment.whole else microbatch)
+               for value in segment.inputs if value not in segment.prefix}  # fmt: skip
         ins |= {value: self.read_prefix(value, microbatch) for value in segment.prefix}
         outs = tuple(v if microbatch is None else f"{v}#{microbatch}" for v in segment.outputs)
         writes = tuple(ins[v] for v in segment.writes)

@@ -67,7 +67,7 @@ def _step_needs(segments: Mapping[str, Segment], n: int, threaded: frozenset[str
     of_segment = needs_of(segments)
     for segment in segments.values():
         for step in steps_of(segment, n):
-            found = [needed_steps(segments[name], step, n, segment.prefix) for name in of_segment[segment.name]]
+            found = [needed_steps(segments[name], step, n, segment) for name in of_segment[segment.name]]
             if segment.name in threaded and step.microbatch:
                 found.append((Step(segment.name, step.microbatch - 1),))
             needs[step] = tuple(dict.fromkeys(s for steps in found for s in steps))

@@ -97,6 +97,7 @@ class _CodeWriter:
             payload="; ".join(f"{n.target} {_common(g.value(n))}" for n, _ in collectives),
             host=self.group.mode.kind is Kind.HOST,
             prefix=tuple(dict.fromkeys(n.name for m in self.nodes for n in self.tokens.prefixes.get(m, ()))),
+            whole=tuple(dict.fromkeys(n.name for m in self.nodes for n in self.tokens.wholes.get(m, ()))),
             writes=tuple(n.name for n in written if n in self.tensors),
             paged=tuple(n.name for n in written if n in self.tensors and n not in for_all),
             aliases={n.name: b.name for n in self.results if (b := self._base(n)) in self.tensors},
@@ -146,7 +147,7 @@ class _CodeWriter:
         exprs = [d for a in args for d in (*a.sizes, *a.strides)] + [self.numbers.expr(g.value(n)) for n in numbers]
         found = {s for e in exprs for s in e.free_symbols} - own
         tokens = self.tokens
-        if any(is_numbered(n, tokens) or n in tokens.localised or n in tokens.prefixes for n in self.nodes):
+        if any(is_numbered(n, tokens) or n in tokens.localised or tokens.reads_others(n) for n in self.nodes):
             found |= {TOKENS, BEFORE}
         return tuple(sorted(found, key=self.numbers.rank.__getitem__))
 

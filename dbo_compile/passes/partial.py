@@ -46,5 +46,6 @@ def join_costly(
 def _can_be_joined(segment: Segment, places: Mapping[str, Placement]) -> bool:
     """Whether rows go in and come out that can be joined and sliced, and nothing else is changed."""
     values = [v for v in (*segment.inputs, *segment.outputs) if v not in (ROWS, START)]
-    plain = segment.lane is Lane.COMPUTE and segment.per_microbatch and not (segment.host or segment.writes)
-    return plain and not segment.prefix and all(isinstance(places.get(v), Split | Shared) for v in values)
+    more = segment.host or segment.writes or segment.prefix or segment.whole
+    plain = segment.lane is Lane.COMPUTE and segment.per_microbatch and not more
+    return plain and all(isinstance(places.get(v), Split | Shared) for v in values)

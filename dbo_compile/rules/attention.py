@@ -1,7 +1,8 @@
 """Attention, and ops that normalise along dims: what they relate must lie within one token, or one sequence.
 
-The fused attention ops take (batch, heads, sequence, features): tokens are in the batch, or, where a causal mask hides
-later tokens, in the sequence: then a microbatch attends to its own rows and to those of earlier ones.
+The fused attention ops take (batch, heads, sequence, features): tokens are in the batch or in the sequence. In the
+sequence the queries of a microbatch attend to the keys of all tokens: where later ones are known to be hidden, to its
+own and to those of earlier microbatches, so that it need not wait for the next ones.
 """
 
 from __future__ import annotations
@@ -39,10 +40,9 @@ def _attend(
     if dims == {None}:
         raise CannotSplit("its mask carries tokens, but its queries, keys and values do not")
     is_sequence = all(v.ndim == len(DIMS) and v.dim == 2 and v.sizes[2] == TOKENS for v in carriers)
-    if is_sequence and is_causal and mask is None:
-        return Ruling(Split(2), prefix=(1, 2))
-    if is_sequence and mask is not None and _is_of_all_tokens(mask):
-        return Ruling(Split(2), prefix=(1, 2), assumes="its mask hides all later tokens from each token")
+    if is_sequence and (mask is None or _is_of_all_tokens(mask)):
+        is_causal = is_causal or (mask is not None and mask.is_causal)
+        return Ruling(Split(2), prefix=(1, 2)) if is_causal else Ruling(Split(2), whole=(1, 2))
     if query.dim != 0 or query.ndim != len(DIMS):
         raise CannotSplit(f"its tokens are in the {DIMS[carried(query) - query.ndim]} dim, and it relates them")
     _check_mask(query, mask)
@@ -57,8 +57,8 @@ def _with(ruling: Ruling, *others: Placement) -> Ruling:
 
 def _is_of_all_tokens(mask: Value) -> bool:
     """Whether a mask has a row and a column for each token of the step."""
-    is_square = mask.ndim == len(DIMS) and mask.sizes[2:] == (TOKENS, TOKENS)
-    return is_square and isinstance(mask.place, Shared) and not any(s.has(TOKENS) for s in mask.sizes[:2])
+    is_square = mask.sizes[-2:] == (TOKENS, TOKENS)
+    return is_square and isinstance(mask.place, Shared) and not any(s.has(TOKENS) for s in mask.sizes[:-2])
 
 
 def _check_mask(query: Value, mask: Value | None) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -73,23 +75,25 @@ def test_causal_attention_of_a_sequence_reads_keys_and_values_of_earlier_microba
     assert RULES[op](*SEQUENCES, *args) == Ruling(place, prefix=(1, 2))
 
 
-def test_of_a_mask_over_all_tokens_it_takes_on_trust_that_it_is_causal():
-    ruling = RULES[aten.scaled_dot_product_attention.default](*SEQUENCES, shared(1, 1, T, T))
-    assert ruling == Ruling(Split(2), prefix=(1, 2), assumes="its mask hides all later tokens from each token")
+@pytest.mark.parametrize("mask", [shared(1, 1, T, T), shared(T, T), shared(6, T, T), None])
+def test_attention_to_later_tokens_reads_keys_and_values_of_all_microbatches(mask):
+    attend = RULES[aten.scaled_dot_product_attention.default]
+    assert attend(*SEQUENCES, mask) == Ruling(Split(2), whole=(1, 2))
+    if mask is not None:
+        assert attend(*SEQUENCES, replace(mask, is_causal=True)) == Ruling(Split(2), prefix=(1, 2))
 
 
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda: ask(CPU, *SEQUENCES, 0.0, False), "in the sequence dim, and it relates"),
         (lambda: ask(CPU, *SEQUENCES, 0.0, True, attn_mask=shared(1, 1, 5, 5)), "in the sequence dim, and it relates"),
         (lambda: ask(CPU, *SEQUENCES, attn_mask=shared(T, 1, T, T)), "in the sequence dim, and it relates"),
         (lambda: ask(CPU, *SEQUENCES, attn_mask=shared(1, 1, T, 2 * T)), "in the sequence dim, and it relates"),
+        (lambda: ask(CPU, *SEQUENCES, attn_mask=shared(T)), "in the sequence dim, and it relates"),
         (lambda: ask(CPU, Q, KV, KV, attn_mask=shared(1, T, 5, 9)), "has a size that counts the tokens of all microb"),
         (lambda: ask(CPU, *SEQUENCES, 0.1, True), "draws random numbers"),
         (lambda: ask(CPU, *[tokens(1, 2, 3 * T, 8)] * 3, 0.0, True), "in the sequence dim, and it relates"),
         (lambda: ask(CPU, SEQUENCES[0], *[shared(1, 2, 5, 8)] * 2, 0.0, True), "do not carry tokens alike"),
-        (lambda: ask(CPU, tokens(3, 6, T, 8), *[tokens(3, 2, T, 8)] * 2), "in the sequence dim, and it relates"),
         (lambda: ask(CPU, *[tokens(3, T, 5, 8)] * 3), "tokens are in the heads dim"),
         (lambda: ask(CPU, *[tokens(3, 2, 5, T)] * 3), "tokens are in the features dim"),
         (lambda: ask(aten.scaled_dot_product_attention.default, *[tokens(2, T, 8)] * 3), "in the sequence dim"),

@@ -1,13 +1,17 @@
-"""A sequence of one, `[1, S]`: the second microbatch attends to keys and values of both."""
+"""A sequence of one, `[1, S]`: a microbatch attends to keys and values of earlier ones, or of all."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from dbo_compile.axes import Tokens
-from dbo_compile.ir.program import Join
+from dbo_compile.errors import InvalidProgram
+from dbo_compile.ir.program import Free, Join, Run
+from dbo_compile.ir.proof import verify_program
 from tests.serving.player import Player, symbolic
 
 attend = nn.functional.scaled_dot_product_attention
@@ -70,7 +74,7 @@ def test_a_causal_mask_of_all_tokens_is_cut_for_each_microbatch(rows):
     """A window of four tokens, made inside the graph: made once for all tokens, which is the only barrier."""
     graph = split_and_not(rows, window=4)
     assert len(graph.placed.prefixes) == 2
-    assert set(graph.placed.obligations.values()) == {"its mask hides all later tokens from each token"}
+    assert not graph.placed.obligations
     assert not any("attention" in str(n.target) for n in graph.placed.barriers)
 
 
@@ -82,6 +86,21 @@ def test_the_first_microbatch_waits_for_nothing_of_the_second():
     assert first < joins[0]
 
 
-def test_attention_that_is_not_causal_is_played_on_all_tokens_at_once():
-    graph = split_and_not((5, 8), is_causal=False)
-    assert ["relates them" in why for why in graph.placed.barriers.values()] == [True, True]
+@pytest.mark.parametrize("rows", [(5, 8), (12, 1), (4, 6, 3)])
+def test_attention_that_is_not_causal_reads_keys_of_all_microbatches(rows):
+    graph = split_and_not(rows, is_causal=False)
+    assert not graph.placed.barriers
+    assert len(graph.placed.wholes) == 2
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_attention_to_keys_of_too_few_tokens_is_no_valid_program(is_causal):
+    graph = split_and_not((5, 8), is_causal=is_causal)
+    program = graph.programs[2, True]
+    instrs = [i for i in program.instrs if not isinstance(i, Free)]
+    at, run = next((i, r) for i, r in enumerate(instrs) if isinstance(r, Run) and "layers_0_2#1" in str(r))
+    segment = program.segments[run.segment]
+    key = segment.inputs.index((segment.prefix or segment.whole)[0])
+    spoilt = replace(run, ins=(*run.ins[:key], f"{run.ins[key]}#1", *run.ins[key + 1 :]))
+    with pytest.raises(InvalidProgram, match=r"reads .*#1, which is not .* for (microbatches 0 to 1|all tokens)"):
+        verify_program(replace(program, instrs=(*instrs[:at], spoilt, *instrs[at + 1 :])))

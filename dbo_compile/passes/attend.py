@@ -1,4 +1,4 @@
-"""Causal attention of a microbatch to its own rows and all earlier ones: what it reads, and which op does it."""
+"""Attention of a microbatch to rows of other ones too, of earlier or of all: what it reads, and which op does it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ aten = torch.ops.aten
 
 ALIGNED_RIGHT = frozenset({aten._scaled_dot_product_flash_attention.default})
 """Ops whose causal mask lets the last query see the last key already; that of all others begins at the upper left."""
+MASKS = ("attn_mask", "attn_bias")
 
 
-def prefix_of(node: fx.Node, positions: Sequence[int]) -> tuple[fx.Node, ...]:
-    """The arguments of which `node` reads the rows of earlier microbatches as well."""
+def read_beyond(node: fx.Node, positions: Sequence[int]) -> tuple[fx.Node, ...]:
+    """The arguments of which `node` reads the rows of other microbatches as well."""
     found = tuple(n for i in positions if isinstance(n := node.args[i], fx.Node))
     if any(arg in found for i, arg in enumerate(node.args) if i not in positions):
         raise CannotSplit("it attends from rows to those same rows")
@@ -40,9 +41,9 @@ def attend_to_prefix(
         made = graph.call_function(node.target, (), dict(args))
         return graph.call_function(operator.getitem, (made, 0))
     query, key = (g.value(node.args[i]) for i in (0, 1))  # type: ignore[arg-type]
-    if (mask := args.get("attn_mask", args.get("attn_bias"))) is not None:
-        seen = graph.call_function(aten.narrow.default, (mask, -2, before, rows))
-        seen = graph.call_function(aten.narrow.default, (seen, -1, 0, keys))
+    if masks := _rows_of_mask(graph, args, rows, before):
+        (mask,) = masks.values()
+        seen = graph.call_function(aten.narrow.default, (mask, -1, 0, keys))
     else:
         seen = graph.call_function(aten.ones.default, ([rows, keys],), {"dtype": torch.bool, "device": query.device})
         seen = graph.call_function(aten.tril.default, (seen, before))
@@ -53,3 +54,14 @@ def attend_to_prefix(
     )
     made = g.value(node)
     return laid_out(graph, out, order_of(made[0] if isinstance(made, tuple | list) else made))
+
+
+def attend_to_all(graph: fx.Graph, node: fx.Node, args: Mapping[str, Any], rows: Any, before: Any) -> fx.Node:
+    """Attention `node` for `rows` queries behind `before` others, to all keys; `args` are those in `graph`, by name."""
+    return graph.create_node(node.op, node.target, (), {**args, **_rows_of_mask(graph, args, rows, before)})
+
+
+def _rows_of_mask(graph: fx.Graph, args: Mapping[str, Any], rows: Any, before: Any) -> dict[str, fx.Node]:
+    """The rows of the queries of a mask over all tokens, by the name of that argument; empty if there is none."""
+    masks = {name: args[name] for name in MASKS if args.get(name) is not None}
+    return {name: graph.call_function(aten.narrow.default, (m, -2, before, rows)) for name, m in masks.items()}
