@@ -100,7 +100,8 @@ def _agreement(groups: Sequence[str], config: Config, device: torch.device = CPU
 def _split(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, groups: Sequence[str]) -> Compiled:
     tokens = capture.token_tensors(gm, example_inputs, config.token_dims)
     requests = capture.request_tensors(gm, example_inputs, config.token_dims)
-    capture.make_symbolic(tokens, requests)
+    num_tokens = tokens[0].tensor.shape[tokens[0].dim]
+    capture.make_symbolic(tokens, requests, capture.dims_as_long(gm, example_inputs, num_tokens))
     agreement = _agreement(groups, config, tokens[0].tensor.device)
 
     report = Report(captured=gm.graph)
@@ -137,6 +138,7 @@ def compile_graph(
     position = compat.argument_positions(inputs)
     axes = {r.name: (inputs[position[r.index]], r.axis) for r in requests if r.index in position}
     traced = as_traced(gm, {inputs[position[t.index]]: t.dim for t in tokens}, axes)
+    tokens = [t for t in tokens if inputs[position[t.index]] in traced.token_dims]
     made = Compilation(traced, whole, config)
     token_inputs = [(position[t.index], t.dim, t.name) for t in tokens]
     engine = Engine(

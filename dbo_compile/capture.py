@@ -117,10 +117,24 @@ def _short_name(placeholder: fx.Node) -> str:
     return str(names[-1]) if names else placeholder.name
 
 
-def make_symbolic(tokens: Sequence[TokenTensor], requests: Sequence[RequestTensor] = ()) -> None:
-    """Return if every token dim is a symbol of this trace; else have Dynamo trace again, once, or raise `NotSplit`.
+def dims_as_long(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], num_tokens: int
+) -> list[tuple[torch.Tensor, int]]:
+    """The dims of inputs that may count tokens, too: a mask has a row and a column for each of them."""
+    inputs = zip(g.inputs(gm.graph), example_inputs, strict=True)
+    own = [x for node, x in inputs if isinstance(x, torch.Tensor) and not compat.is_parameter(node, x)]
+    return [(x, d) for x in own for d, size in enumerate(x.shape) if size == num_tokens]
 
-    Dims that count requests are made symbols of their own in the same way, where they can be.
+
+def make_symbolic(
+    tokens: Sequence[TokenTensor],
+    requests: Sequence[RequestTensor] = (),
+    others: Sequence[tuple[torch.Tensor, int]] = (),
+) -> None:
+    """Return if every token dim is a symbol of this trace; else have Dynamo trace again, or raise `NotSplit`.
+
+    Dims that count requests are made symbols of their own in the same way, where they can be; `others` are if token
+    dims cannot be without them.
     """
     fixed = [t for t in tokens if not compat.is_dynamic(t.placeholder, t.dim)]
     counted = [(r.tensor, d) for r in requests if (d := _counts_requests(r)) is not None and r.tensor.shape[d] > 1]
@@ -134,6 +148,8 @@ def make_symbolic(tokens: Sequence[TokenTensor], requests: Sequence[RequestTenso
         raise NotSplit("it has a single token")
     if any([compat.ask_for_dynamic(t.tensor, t.dim) for t in fixed]):
         compat.trace_again("dbo: the token dim becomes a symbol")
+    if any([compat.ask_for_dynamic(tensor, dim) for tensor, dim in others]):
+        compat.trace_again("dbo: dims as long as the token dim become symbols")
     names = ", ".join(f"{t.name} (dim {t.dim})" for t in fixed)
     raise NotSplit(f"{SPECIALISED}, in {names}")
 

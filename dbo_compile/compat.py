@@ -67,9 +67,9 @@ def source_name(placeholder: fx.Node) -> str:
 
 
 def is_dynamic(placeholder: fx.Node, dim: int) -> bool:
-    """Whether Dynamo traced `dim` of this argument as a symbol."""
-    val = placeholder.meta["example_value"]
-    return not isinstance(val.shape[dim], int)
+    """Whether Dynamo traced `dim` of this argument as a symbol, and found no number that it must be."""
+    size = placeholder.meta["example_value"].shape[dim]
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
 def ask_for_dynamic(tensor: torch.Tensor, dim: int) -> bool:

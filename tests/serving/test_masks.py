@@ -1,0 +1,99 @@
+"""Flat tokens of many requests, told apart by a mask: an input, or made of what says which request a token is of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dbo_compile import reports
+from dbo_compile.axes import CuSeqlens
+
+HEADS, SIZE = 2, 3
+STEPS = [(4, 4), (3, 9, 1), (6, 5), (17,)]
+"""Requests of so many tokens; the first step can be cut between two requests, the others cannot."""
+
+
+def ids_of(lengths):
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+
+class Model(nn.Module):
+    """`attention(T, info)` makes a function of queries, keys and values, each [1, heads, T, size]."""
+
+    def __init__(self, attention) -> None:
+        super().__init__()
+        self.attention = attention
+        self.qkv = nn.ModuleList(nn.Linear(HEADS * SIZE, 3 * HEADS * SIZE) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, info) -> torch.Tensor:
+        attend = self.attention(len(x), info)
+        for qkv in self.qkv:
+            q, k, v = qkv(x).view(1, len(x), 3 * HEADS, SIZE).transpose(1, 2).chunk(3, 1)
+            x = x + attend(q, k, v).transpose(1, 2).flatten(2)[0].tanh()
+        return x
+
+
+def with_mask(make):
+    """Attention with the mask that `make` makes."""
+
+    def attention(num_tokens, info):
+        mask = make(num_tokens, info)
+        return lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+    return attention
+
+
+def same_request(num_tokens, ids):
+    return ids[:, None] == ids
+
+
+def earlier_in_request(num_tokens, ids):
+    rows = torch.arange(num_tokens)
+    return same_request(num_tokens, ids) & (rows[:, None] >= rows)
+
+
+def from_bounds(num_tokens, cu_seqlens):
+    rows = torch.arange(num_tokens)
+    return earlier_in_request(num_tokens, torch.searchsorted(cu_seqlens, rows, right=True))
+
+
+def given(num_tokens, mask):
+    return mask
+
+
+def causal_mask(lengths):
+    return earlier_in_request(sum(lengths), ids_of(lengths))
+
+
+def bounds(lengths):
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "info", "token_dims", "waits"),
+    [
+        (same_request, ids_of, None, True),
+        (earlier_in_request, ids_of, None, False),
+        (from_bounds, bounds, {"x": 0, "info": CuSeqlens()}, False),
+        (given, causal_mask, None, True),
+        (given, lambda lengths: causal_mask(lengths)[None, None], {"x": 0}, True),
+        (given, lambda lengths: torch.where(causal_mask(lengths), 0.0, -torch.inf).double(), {"x": 0}, True),
+    ],
+    ids=["ids, both ways", "ids", "bounds", "mask", "mask of four dims", "mask that is added"],
+)
+def test_every_step_is_split_and_right(make, info, token_dims, waits):
+    """A mask that is not known to be causal has a microbatch wait for the keys of the next one."""
+    before, model = len(reports()), Model(with_mask(make)).double().eval()
+    options = {"split": "always", "inner": "eager", "min_tokens": 2, "token_dims": token_dims}
+    run = torch.compile(model, backend="dbo", options=options, fullgraph=True)
+    with torch.no_grad():
+        for lengths in STEPS:
+            x = torch.randn(sum(lengths), HEADS * SIZE, dtype=torch.float64)
+            torch.testing.assert_close(run(x, info(lengths)), model(x, info(lengths)), rtol=0, atol=1e-12)
+    found = reports()[before:]
+    assert sum(r.calls_split for r in found) == len(STEPS)
+    assert [(len(r.levels.tokens.wholes), len(r.levels.tokens.prefixes)) for r in found] == (
+        [(2, 0) if waits else (0, 2)] * len(found)
+    )
+    assert not any("attention" in op for r in found for op in r.barriers)
