@@ -27,9 +27,10 @@ def register_attention_op(
 
     `tokens` have a row for each token, in dim 0 or in the dim given; queries, keys and slot mappings do. `requests` are
     metadata of the requests: bounds, lengths, block tables. `caches` hold keys and values of all requests, each request
-    in places of its own, and may be written in place. `results` has the token dim of each tensor that the op returns,
-    None for one that has none; without it, each has tokens in dim 0. All other arguments are the same for every
-    microbatch. Raises `ValueError` for a name that the schema of `op` does not have, and for an op with a rule.
+    in places of its own, and may be written in place; a token must attend to its request up to itself then, since a
+    request may be cut in two. `results` has the token dim of each tensor that the op returns, None for one that has
+    none; without it, each has tokens in dim 0. All other arguments are the same for every microbatch. Raises
+    `ValueError` for a name that the schema of `op` does not have, and for an op with a rule.
 
         register_attention_op(
             torch.ops.vllm.paged_attention.default, tokens=["query", "key", "value", "slots"],
@@ -81,12 +82,24 @@ def _check_shared(name: str, arg: Any) -> None:
 
 
 @rule("torch_attn._varlen_attn.default")
-def varlen_attention(
+def varlen_attention(*args: Any, **options: Any) -> Ruling:
+    """Gives the output, the log of the sums of (heads, tokens), and the state of a generator."""
+    return Ruling((Split(0), Split(1), Shared()), whole_requests=_needs_whole_requests(*args, **options))
+
+
+@rule("torch_attn._varlen_attn_out.default")
+def varlen_attention_out(out: Value, *args: Any, **options: Any) -> Ruling:
+    """Writes the output, and gives the log of the sums."""
+    _check_rows("out", out, 0)
+    return Ruling(Split(1), whole_requests=_needs_whole_requests(*args, **options))
+
+
+def _needs_whole_requests(
     query: Value, key: Value, value: Value, cu_seq_q: Value, cu_seq_k: Value | None, max_q: Any, max_k: Any,
     is_causal: bool = False, scale: float | None = None, window_size: Any = None, enable_gqa: bool = False,
     seqused_k: Value | None = None, block_table: Value | None = None, *more: Any, **options: Any,
-) -> Ruling:  # fmt: skip
-    """Gives the output, the log of the sums of (heads, tokens), and the state of a generator."""
+) -> bool:  # fmt: skip
+    """A request may be cut in two if keys of its earlier tokens lie in pages, and no token attends to later ones."""
     _check_rows("query", query, 0)
     for name, arg in (("key", key), ("value", value)):
         if block_table is None:
@@ -97,4 +110,5 @@ def varlen_attention(
     for name, of_requests in metadata.items():
         _check_metadata(name, of_requests)
     _check_shared("options", [window_size, scale, more, *options.values()])
-    return Ruling((Split(0), Split(1), Shared()), whole_requests=block_table is None)
+    hides_later = is_causal or (window_size is not None and window_size[1] == 0)
+    return block_table is None or not hides_later

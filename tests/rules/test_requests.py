@@ -12,6 +12,7 @@ from tests.rules.truth import count, local, shared, tokens
 
 INT = torch.int32
 VARLEN = "torch_attn._varlen_attn.default"
+VARLEN_OUT = "torch_attn._varlen_attn_out.default"
 Q, KV = tokens(T, 6, 8), tokens(T, 2, 8)
 PAGES = shared(300, 4, 2, 8)
 
@@ -39,10 +40,21 @@ register_attention_op(OPS.attend_with_sums.default, tokens=["q", "k"], requests=
         (OPS.write.default, (KV, PAGES, tokens(1, T, dtype=INT)), Ruling(Shared(), paged=True)),
         (OPS.attend_with_sums.default, (Q, KV, BOUNDS), Ruling((Split(0), Split(1), Shared()), whole_requests=True)),
         (VARLEN, (Q, KV, KV, BOUNDS, BOUNDS, 7, 7), Ruling((Split(0), Split(1), Shared()), whole_requests=True)),
+        (VARLEN_OUT, (Q, Q, KV, KV, BOUNDS, BOUNDS, 7, 7), Ruling(Split(1), whole_requests=True)),
         (
             VARLEN,
             (Q, PAGES, PAGES, BOUNDS, None, 7, 9, True, None, [-1, 0], True, LENS, TABLE),
             Ruling((Split(0), Split(1), Shared())),
+        ),
+        (
+            VARLEN,
+            (Q, PAGES, PAGES, BOUNDS, None, 7, 9, False, None, [5, 0], True, LENS, TABLE),
+            Ruling((Split(0), Split(1), Shared())),
+        ),
+        (
+            VARLEN,
+            (Q, PAGES, PAGES, BOUNDS, None, 7, 9, False, None, [-1, -1], True, LENS, TABLE),
+            Ruling((Split(0), Split(1), Shared()), whole_requests=True),
         ),
     ],
 )  # fmt: skip
@@ -60,6 +72,7 @@ def test_tokens_follow(op, args, expected):
         (OPS.attend.default, (Q, KV, KV, BOUNDS, LENS, 0.5), "its cache is not the same for all microbatches"),
         (OPS.attend.default, (Q, KV, PAGES, BOUNDS, LENS, count(T)), "it computes with the number of tokens"),
         (VARLEN, (Q, KV, KV, BOUNDS, shared(5, dtype=INT), 7, 7), "its cu_seq_k is not known to be of the requests"),
+        (VARLEN_OUT, (shared(9, 6, 8), Q, KV, KV, BOUNDS, BOUNDS, 7, 7), "its out has no rows of tokens in dim 0"),
         (VARLEN, (Q, PAGES, PAGES, BOUNDS, None, 7, 7), "its key has no rows of tokens in dim 0"),
         (VARLEN, (Q, KV, KV, BOUNDS, None, 7, 7, True, None, None, False, LENS, TABLE), "its key is not the same"),
     ],
