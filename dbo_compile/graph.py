@@ -41,6 +41,13 @@ def expression(size: int | torch.SymInt | torch.SymFloat | torch.SymBool) -> sym
     return size.node.expr
 
 
+def function(node: fx.Node) -> fx.Graph | None:
+    """The function that `node` stands for, as an argument of a higher-order op; None if it is a value."""
+    owner = node.graph.owning_module
+    made = getattr(owner, str(node.target), None) if node.op == "get_attr" else None
+    return made.graph if isinstance(made, fx.GraphModule) else None
+
+
 def is_symbolic_number(node: fx.Node) -> bool:
     return isinstance(value(node), torch.SymInt | torch.SymFloat | torch.SymBool)
 

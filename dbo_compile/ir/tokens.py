@@ -135,6 +135,13 @@ class Number:
 
 
 @dataclass(frozen=True, slots=True)
+class Function:
+    """What a rule may see of a function that a higher-order op calls: the positions of the arguments that it reads."""
+
+    reads: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Ruling:
     """A rule's answer where a placement alone does not say enough.
 

@@ -23,6 +23,7 @@ from dbo_compile.ir.tokens import (
     FRESH,
     TOKENS,
     Count,
+    Function,
     Given,
     Local,
     Number,
@@ -210,6 +211,8 @@ class _Walk:
             assert not isinstance(place, tuple)
             is_causal = self._is_whole(node) and hides_later_tokens(node, self.places)
             return Value(tuple(self._expr(s) for s in val.shape), place, val.dtype, is_causal)
+        if (function := g.function(node)) is not None:
+            return Function(frozenset(i for i, n in enumerate(g.inputs(function)) if n.users))
         raise CannotSplit(f"{node.name} is neither a tensor nor a number")
 
     def _refuse_writing_what_is_given(self, node: fx.Node) -> None:

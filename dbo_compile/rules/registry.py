@@ -23,7 +23,8 @@ def rule(*targets: Any, reads_whole: bool = False) -> Callable[[Rule], Rule]:
     """Register the function as the rule of each op overload in `targets`; a second rule for one op is an error.
 
     With `reads_whole` it is also asked about `Shared` values whose size counts the tokens of all microbatches.
-    A target may be the name of an overload, `library.op.default`, of a library that need not be there.
+    A target may be the name of an overload, `library.op.default`, of a library that need not be there, or of a
+    higher-order op.
     """
 
     def register(fn: Rule) -> Rule:
@@ -45,4 +46,4 @@ def rule_of(target: Any) -> Rule | None:
 
 def reads_whole(target: Any) -> bool:
     """Whether the rule of an op overload is asked about values that belong to all microbatches together."""
-    return target in _reads_whole
+    return target in _reads_whole or str(target) in _reads_whole

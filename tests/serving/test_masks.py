@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dbo_compile import reports
 from dbo_compile.axes import CuSeqlens
@@ -70,6 +71,18 @@ def bounds(lengths):
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0)
 
 
+def played(model, info, token_dims=None):
+    """The reports of the graphs that play all steps, after comparing what they give with eager."""
+    before = len(reports())
+    options = {"split": "always", "inner": "eager", "min_tokens": 2, "token_dims": token_dims}
+    run = torch.compile(model.double(), backend="dbo", options=options, fullgraph=True)
+    with torch.no_grad():
+        for lengths in STEPS:
+            x = torch.randn(sum(lengths), HEADS * SIZE, dtype=torch.float64)
+            torch.testing.assert_close(run(x, info(lengths)), model(x, info(lengths)), rtol=0, atol=1e-12)
+    return reports()[before:]
+
+
 @pytest.mark.parametrize(
     ("make", "info", "token_dims", "waits"),
     [
@@ -84,16 +97,51 @@ def bounds(lengths):
 )
 def test_every_step_is_split_and_right(make, info, token_dims, waits):
     """A mask that is not known to be causal has a microbatch wait for the keys of the next one."""
-    before, model = len(reports()), Model(with_mask(make)).double().eval()
-    options = {"split": "always", "inner": "eager", "min_tokens": 2, "token_dims": token_dims}
-    run = torch.compile(model, backend="dbo", options=options, fullgraph=True)
-    with torch.no_grad():
-        for lengths in STEPS:
-            x = torch.randn(sum(lengths), HEADS * SIZE, dtype=torch.float64)
-            torch.testing.assert_close(run(x, info(lengths)), model(x, info(lengths)), rtol=0, atol=1e-12)
-    found = reports()[before:]
+    found = played(Model(with_mask(make)), info, token_dims)
     assert sum(r.calls_split for r in found) == len(STEPS)
     assert [(len(r.levels.tokens.wholes), len(r.levels.tokens.prefixes)) for r in found] == (
         [(2, 0) if waits else (0, 2)] * len(found)
     )
     assert not any("attention" in op for r in found for op in r.barriers)
+
+
+def with_blocks(make):
+    """FlexAttention with the block mask that `make` makes."""
+
+    def attention(num_tokens, info):
+        blocks = make(num_tokens, info)
+        return lambda q, k, v: flex_attention(q, k, v, block_mask=blocks)
+
+    return attention
+
+
+def blocks_of(num_tokens, ids):
+    def mask(b, h, q, k):
+        return (ids[q] == ids[k]) & (q >= k)
+
+    return create_block_mask(mask, None, None, num_tokens, num_tokens, device="cpu")
+
+
+def with_scores(num_tokens, ids):
+    def score(s, b, h, q, k):
+        return torch.where((ids[q] == ids[k]) & (q >= k), s, -torch.inf)
+
+    return lambda q, k, v: flex_attention(q, k, v, score)
+
+
+@pytest.mark.parametrize(
+    ("attention", "info", "num_unsplit"),
+    [
+        (with_blocks(blocks_of), ids_of, 0),
+        (with_scores, ids_of, 0),
+        (with_blocks(given), lambda lengths: blocks_of(sum(lengths), ids_of(lengths)), 1),
+    ],
+    ids=["made of ids", "function of ids", "input"],
+)
+def test_flex_attention_is_played_once_and_says_what_to_use_instead(attention, info, num_unsplit):
+    """A block mask holds the number of tokens, which is fixed in the first call."""
+    found = played(Model(attention), info)
+    assert sum(r.calls_split for r in found) == len(STEPS) - num_unsplit
+    why = [reason for r in found for op, reason in r.barriers.items() if "flex_attention" in op]
+    assert why
+    assert all("torch.nn.attention.varlen with bounds of requests" in reason for reason in why)
