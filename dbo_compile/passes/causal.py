@@ -59,12 +59,9 @@ def _has_same_dims(mask: fx.Node, x: Any) -> bool:
 
 
 def _numbers(x: Any, dim: int, places: Places) -> bool:
-    """Whether the elements of `x` are the numbers of the tokens along `dim`, one each."""
+    """Whether the elements of `x` are the numbers of the rows of `dim`."""
     place = places.get(x) if isinstance(x, fx.Node) else None
-    if not (isinstance(place, Split) and place.position):
-        return False
-    shape = g.value(x).shape
-    return place.dim - len(shape) == dim and bool(g.expression(shape[dim]).is_Symbol)
+    return isinstance(place, Split) and place.position and place.dim - g.value(x).ndim == dim
 
 
 def _is_minus_infinity(x: Any) -> bool:

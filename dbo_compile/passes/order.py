@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from dbo_compile.ir.needs import needed_steps, needs_of, steps_of
 from dbo_compile.ir.schedule import Lane, Schedule, Segment, Step
@@ -107,9 +107,14 @@ def _until_in_flight(task: Task, steps: list[Step]) -> Iterator[Step]:
 
 
 def _blocks(task: Task) -> Iterator[tuple[list[str], list[int | None]]]:
-    """Neighbouring segments that are played per microbatch, or once, with the microbatches to play them for."""
-    for per_microbatch, segments in groupby(task.segments.values(), key=lambda s: s.per_microbatch):
-        yield [s.name for s in segments], [*range(task.num_microbatches)] if per_microbatch else [None]
+    """Neighbouring segments that are played per microbatch, or once, with the microbatches to play them for.
+
+    One that reads rows of all microbatches begins anew: they must all have come that far.
+    """
+    numbers = accumulate(bool(s.whole) for s in task.segments.values())
+    numbered = zip(task.segments.values(), numbers, strict=True)
+    for (per_microbatch, _), block in groupby(numbered, key=lambda pair: (pair[0].per_microbatch, pair[1])):
+        yield [s.name for s, _ in block], [*range(task.num_microbatches)] if per_microbatch else [None]
 
 
 def _longest_path_first(task: Task) -> Iterator[Step]:

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from dbo_compile.axes import Tokens
-from dbo_compile.errors import InvalidProgram
+from dbo_compile.errors import InvalidProgram, InvalidSchedule
 from dbo_compile.ir.program import Free, Join, Run
 from dbo_compile.ir.proof import verify_program
+from dbo_compile.ir.verify import verify_schedule
+from dbo_compile.passes.order import POLICIES
 from tests.serving.player import Player, symbolic
 
 attend = nn.functional.scaled_dot_product_attention
@@ -91,6 +93,15 @@ def test_attention_that_is_not_causal_reads_keys_of_all_microbatches(rows):
     graph = split_and_not(rows, is_causal=False)
     assert not graph.placed.barriers
     assert len(graph.placed.wholes) == 2
+
+
+def test_no_microbatch_attends_before_all_have_keys():
+    graph = split_and_not((5, 8), is_causal=False)
+    for policy in POLICIES:
+        graph.program(graph.schedule(2, policy=policy))
+    one_by_one = " ".join(sorted(str(graph.schedule(2)).split(), key=lambda step: step[-1]))
+    with pytest.raises(InvalidSchedule, match=r"layers_0_2#0 must come after layers_0#1: it makes"):
+        verify_schedule(graph.schedule(2).with_steps(one_by_one))
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
