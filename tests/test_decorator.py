@@ -216,6 +216,18 @@ def test_a_model_whose_padding_would_be_seen_is_an_error_not_a_wrong_answer():
     fails(r"cannot be padded: mean .* sees all tokens at once: it reduces over the token dim 0", run, tokens(7))
 
 
+def test_attention_to_all_tokens_is_not_padded():
+    def both_ways(x):
+        q, k, v = x[None, None].chunk(3, -1)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)[0, 0]
+
+    run = dbo_compile.dbo(both_ways, token_dims={"x": 0}, pad_to=[8], **OPTIONS)
+    x = torch.randn(8, 9, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), both_ways(x), **EXACT)
+    fails(r"cannot be padded: .* attends to all tokens, and would to padding", run, x[:7])
+
+
 def test_arguments_without_names_are_refused():
     run = dbo_compile.dbo(lambda x, *more: x, token_dims={"x": 0}, **OPTIONS)
     fails("takes its arguments by name, but more has none", run, tokens(7), 3)
