@@ -30,11 +30,22 @@ of the current folder are found. A model that communicates gets a process group 
   dbo-compile {command} mymodel:example --set split=always --set num_microbatches=3
   torchrun --nproc-per-node 2 -m dbo_compile {command} mymodel:example
 """
+DEMO = """
+example:
+
+  dbo-compile demo --folder dumps
+  dbo-compile trace dumps
+"""
 TRACE = """
 example:
 
   DBO_DUMP=dumps python serve.py
   dbo-compile trace dumps
+"""
+DOCTOR = """
+example:
+
+  dbo-compile doctor --json
 """
 
 
@@ -43,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         status: int = args.run(args)
-    except (NoSubject, ValueError) as error:
-        if isinstance(error, ValueError) and not getattr(args, "set", None):
-            raise
+    except (NoSubject, _WrongOption) as error:
         sys.stderr.write(f"dbo-compile: {error}\n")
         return ASKED_WRONGLY
     return status
@@ -58,25 +67,27 @@ def _parser() -> argparse.ArgumentParser:
         epilog="dbo-compile COMMAND --help has examples. Exit status: 0 it holds, 1 it does not, 2 asked wrongly.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = _command(commands, "demo", _demo, "run Qwen3-MoE on two ranks of this machine, show and check what happens")
+    shows = "run Qwen3-MoE on two ranks of this machine, show and check what happens"
+    demo = _command(commands, "demo", _demo, shows, DEMO)
     demo.add_argument("--folder", type=Path, default=Path("dbo-demo"), help="where dumps go (default: dbo-demo)")
     told = _command(commands, "explain", _explain, "what is split of a model, what is not and why", SUBJECT)
     _about_subject(told)
     told.add_argument("--dump", metavar="DIR", help="write every level to this folder as well")
     timed = _command(commands, "bench", _bench, "time a model: eager, Inductor and dbo", SUBJECT)
     _about_subject(timed)
-    timed.add_argument("--repeats", type=int, default=20, help="timed calls of each (default: 20)")
+    timed.add_argument("--repeats", type=_positive, default=20, help="timed calls of each (default: 20)")
     trace = _command(commands, "trace", _trace, "open the page of a dump", TRACE)
     trace.add_argument("folder", type=Path, metavar="DIR", help="the folder of DBO_DUMP or dbo_compile.debug")
     trace.add_argument("--no-open", action="store_true", help="say where the page is, and open no browser")
-    doctor = _command(commands, "doctor", _doctor, "what is installed here, what works, and what would be missing")
+    looks = "what is installed here, what works, and what would be missing"
+    doctor = _command(commands, "doctor", _doctor, looks, DOCTOR)
     for command in (told, timed, trace, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], what: str, more: str = ""
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], what: str, more: str
 ) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     command: argparse.ArgumentParser = commands.add_parser(
@@ -88,17 +99,38 @@ def _command(
 
 def _about_subject(command: argparse.ArgumentParser) -> None:
     command.add_argument("subject", nargs="?", default=DEFAULT, metavar="SUBJECT", help=f"default: {DEFAULT}")
-    command.add_argument("--set", action="append", metavar="NAME=VALUE", help="an option of dbo_compile.Config")
+    option = "an option of dbo_compile.Config"
+    command.add_argument("--set", type=_pair, action="append", default=[], metavar="NAME=VALUE", help=option)
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, is_set, value = text.partition("=")
+    if not is_set:
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=VALUE")
+    return name, value
+
+
+class _WrongOption(Exception):
+    """What `--set` says is no option, or not of its type."""
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """What `--set` says, read as the environment variables `DBO_<NAME>` are."""
-    pairs = dict(text.partition("=")[::2] for text in args.set or ())
+    pairs = dict(args.set)
     names = Config.__dataclass_fields__
-    for name in pairs:
-        if name not in names:
-            Config.from_options({name: None}, {})  # says which names there are
-    config = Config.from_options({}, {f"DBO_{name.upper()}": value for name, value in pairs.items()})
+    try:
+        for name in pairs:
+            if name not in names:
+                Config.from_options({name: None}, {})  # says which names there are
+        config = Config.from_options({}, {f"DBO_{name.upper()}": value for name, value in pairs.items()})
+    except ValueError as error:
+        raise _WrongOption(error) from None
     return {name: getattr(config, name) for name in pairs}
 
 
@@ -106,8 +138,14 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    # transformers is an optional dependency: without it the other commands still work
-    status: int = import_module("dbo_compile.demo").demo(args.folder)
+    try:
+        demo = import_module("dbo_compile.demo").demo
+    except ModuleNotFoundError as error:  # an optional dependency: without it the other commands still work
+        if error.name is None or error.name.split(".")[0] != "transformers":
+            raise
+        sys.stderr.write("dbo-compile: the demo needs transformers (pip install 'dbo-compile[hf]')\n")
+        return DID_NOT_HOLD
+    status: int = demo(args.folder)
     return status
 
 

@@ -36,6 +36,13 @@ def no_model():
     return 3
 
 
+def broken():
+    def model(x):
+        raise ValueError("the model's own")
+
+    return model, (torch.ones(9, 5),)
+
+
 def told(capsys, *argv):
     """The exit status, and what is printed."""
     status = main(list(argv))
@@ -95,6 +102,11 @@ def test_an_error_of_the_users_own_is_not_taken_for_a_wrong_name(monkeypatch):
         load("broken_model:example")
     with pytest.raises(NoSubject):
         load("broken_model:nix")
+
+
+def test_an_error_of_the_model_is_not_taken_for_a_wrong_option():
+    with pytest.raises(Exception, match="the model's own"):
+        main(["explain", "tests.test_cli:broken", *EAGER])
 
 
 def test_modules_of_the_current_folder_are_found(tmp_path, monkeypatch):
@@ -169,16 +181,25 @@ def test_doctor_says_how_to_get_what_is_missing(monkeypatch):
 # -- the whole ----------------------------------------------------------------------------------------------------
 
 
-def test_every_command_has_help_and_those_with_a_model_examples(capsys):
+def test_every_command_has_help_with_an_example(capsys):
     for command in ("demo", "explain", "bench", "trace", "doctor"):
         assert exits(command, "--help") == 0
         text = capsys.readouterr().out
         assert f"usage: dbo-compile {command}" in text
-        has_examples = f"dbo-compile {command} " in text.partition("options:")[2]
-        assert has_examples == (command in ("explain", "bench", "trace"))
+        assert f"  dbo-compile {command} " in text.partition("options:")[2]
 
 
-@pytest.mark.parametrize("argv", [[], ["nix"], ["trace"], ["bench", "--repeats", "many"]])
+def test_the_demo_says_what_it_needs(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "dbo_compile.demo", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["demo"]) == 1
+    assert "dbo-compile[hf]" in capsys.readouterr().err
+
+
+WRONG = [[], ["nix"], ["trace"], ["bench", "--repeats", "many"], ["bench", "--repeats", "0"], ["bench", "--set", "split"]]
+
+
+@pytest.mark.parametrize("argv", WRONG)
 def test_a_wrong_command_line_is_status_2(argv, capsys):
     assert exits(*argv) == 2
     assert capsys.readouterr().err.startswith("usage: dbo-compile")
