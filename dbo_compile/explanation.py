@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
+from itertools import chain, count
 from types import FunctionType
 from typing import Any
 
@@ -20,6 +22,9 @@ from dbo_compile.runtime.clock import Timeline
 
 MOST_CALLS = 4
 """`split="auto"` tries other ways in between: after so many calls a split one was among them."""
+
+NOTHING = """Dynamo found nothing to compile: the call has no ops on tensors, or what it has between graph breaks was
+compiled before (torch.compiler.reset() forgets that)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +74,10 @@ class Explanation:
         return {"split": self.split, "hidden_comm": self.hidden_comm, "reasons": self.reasons, "graphs": graphs}
 
     def __str__(self) -> str:
-        return "\n\n".join(overview(i, r, t) for i, (r, t) in enumerate(self._rows()))
+        return "\n\n".join(overview(i, r, t) for i, (r, t) in enumerate(self._rows())) or NOTHING
 
     def _repr_html_(self) -> str:
-        return "\n".join(overview_html(i, r, t) for i, (r, t) in enumerate(self._rows()))
+        return "\n".join(overview_html(i, r, t) for i, (r, t) in enumerate(self._rows())) or f"<pre>{NOTHING}</pre>"
 
     def _rows(self) -> list[tuple[Report, Timeline | None]]:
         return list(zip(self.reports, self._timelines(), strict=True))
@@ -86,6 +91,7 @@ def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwa
 
     `model` is a Module or a function; `options` are those of the backend. The first call compiles, another one is
     timed. Neither the arguments nor the buffers of the model are changed. Where ranks communicate, all must call this.
+    Reads of numbers on the host (`.tolist()`) break no graph here, as with `fullgraph=True`.
     """
     before = reports()
     call = _compiled(model, options or {})
@@ -149,21 +155,33 @@ def verify(
 
 
 def _compiled(model: Any, options: dict[str, Any]) -> Callable[..., Any]:
-    """`model` compiled afresh, beside what the user has compiled: Dynamo caches by code object."""
+    """`model` compiled afresh, beside what the user has compiled: Dynamo caches by code object.
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
+    Arguments keep the names that the model has for them, by which `token_dims` tells them apart.
+    """
+
+    def call(named: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+        return model(*named.values(), **kwargs)
 
     own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
     compiled: Callable[..., Any] = torch.compile(own, backend=dbo, options=options)
-    return compiled
+    names = _positional_names(model)
+    return lambda *args, **kwargs: compiled(dict(zip(chain(names, map(str, count())), args, strict=False)), kwargs)
+
+
+def _positional_names(model: Any) -> list[str]:
+    try:
+        parameters = signature(model.forward if isinstance(model, torch.nn.Module) else model).parameters.values()
+    except (TypeError, ValueError):  # of a function that is built in
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
 def _run(fn: Any, model: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     """What a call returns, and what it leaves in copies of its arguments and in the buffers of `model`."""
     args, kwargs = compat.tree_map(_copied, (args, kwargs))
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.no_grad(), torch.random.fork_rng(devices), _put_back(model) as buffers:
+    with torch.no_grad(), compat.host_reads_in_graph(), torch.random.fork_rng(devices), _put_back(model) as buffers:
         leaves = compat.tree_leaves((fn(*args, **kwargs), args, kwargs, buffers))
         return [torch.as_tensor(a).clone() for a in leaves if isinstance(a, torch.Tensor | int | float | complex)]
 

@@ -196,12 +196,12 @@ def test_the_demo_says_what_it_needs(capsys, monkeypatch):
     assert "dbo-compile[hf]" in capsys.readouterr().err
 
 
-WRONG = [[], ["nix"], ["trace"], ["bench", "--repeats", "many"], ["bench", "--repeats", "0"], ["bench", "--set", "split"]]
+WRONG = ["", "nix", "trace", "bench --repeats many", "bench --repeats 0", "explain --set split"]
 
 
 @pytest.mark.parametrize("argv", WRONG)
 def test_a_wrong_command_line_is_status_2(argv, capsys):
-    assert exits(*argv) == 2
+    assert exits(*argv.split()) == 2
     assert capsys.readouterr().err.startswith("usage: dbo-compile")
 
 

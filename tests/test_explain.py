@@ -86,6 +86,29 @@ def test_explain_has_every_graph_and_no_other():
     assert [r.split for r in explain(broken, values(9, 5), options=EAGER).reports] == [True, False]
 
 
+def test_token_dims_name_arguments_as_the_model_does():
+    def forward(table, x):
+        return sharded(x) + table.sum()
+
+    (report,) = explain(forward, values(4, 5), values(9, 5), options=EAGER | {"token_dims": {"x": 0}}).reports
+    assert [t.name for t in report.engine.signature.token_inputs] == ["x"]
+
+
+def test_a_read_on_the_host_breaks_no_graph():
+    def counted(x):
+        return sharded(x)[: int((x[:, 0] > 9).sum().item()) + 1]
+
+    (report,) = explain(counted, values(9, 5), options=EAGER).reports
+    assert report.captured
+
+
+def test_an_explanation_of_nothing_says_so():
+    found = explain(lambda: None)
+    assert (found.split, found.reports) == (False, ())
+    assert "nothing to compile" in str(found)
+    assert "nothing to compile" in found._repr_html_()
+
+
 def test_explain_may_be_asked_again_and_about_what_is_compiled_already():
     compiled = torch.compile(sharded, backend="dbo", options=EAGER)
     assert [explain(fn, values(9, 5), options=EAGER).split for fn in (sharded, sharded, compiled)] == [True] * 3

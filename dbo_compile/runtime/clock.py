@@ -52,7 +52,7 @@ class Timeline:
                     break
                 hidden += min(i.end, comm.end) - max(i.start, comm.start)
         total = self.busy(Lane.COMM)
-        return hidden / total if total else 1.0
+        return min(1.0, hidden / total) if total else 1.0  # sums in another order may round to more
 
     def on(self, lane: Lane) -> tuple[Interval, ...]:
         return tuple(i for i in self.intervals if i.lane is lane)

@@ -50,6 +50,13 @@ def test_no_communication_is_all_hidden():
     assert (timeline.makespan, timeline.hidden_comm, timeline.idle) == (4, 1.0, 0)
 
 
+def test_no_more_than_all_is_hidden_however_it_rounds():
+    spans = [(0.01, 0.02), (0.02, 0.15)]
+    compute = [Interval(Lane.COMPUTE, "work", m, *span) for m, span in enumerate(spans)]
+    assert sum(i.end - i.start for i in compute) > 0.15 - 0.01
+    assert Timeline((*compute, Interval(Lane.COMM, "send", 0, 0.01, 0.15))).hidden_comm <= 1
+
+
 def test_an_empty_program_takes_no_time():
     timeline = simulate(Program((), {}, 2), ticks)
     assert (timeline, timeline.makespan, timeline.hidden_comm) == (Timeline(()), 0, 1.0)
