@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from math import ceil
 
 from dbo_compile.ir.schedule import Lane, Step
-from dbo_compile.ir.waits import Handover
+from dbo_compile.levels import Chart
 from dbo_compile.runtime.clock import Interval, Timeline
 
 WIDTH, LEFT, RIGHT = 1200, 76, 16
-LEGEND, TITLE, LANE, GAP, AXIS = 36, 44, 30, 26, 30
+LEGEND, TITLE, LANE, GAP, AXIS = 36, 48, 30, 26, 30
 CHAR = 6.9
 """No letter of a label is wider, in pixels, but a few capitals."""
 STEPS_A_LINE = 36
 MOST_LINES = 24
+ARC = "c0 -11 {0} -11 {0} 0"
 COLOURS = {
     "light": ("#3b6ea8", "#c8611a", "#2c7d3f", "#94386f", "#1f8a99", "#8f7a12", "#a83f50", "#4d7f66"),
     "dark": ("#6f9fd8", "#ef9a5c", "#67bd7b", "#d07fb1", "#5fc3d1", "#cdb84e", "#e08391", "#8ac0a5"),
@@ -38,6 +39,7 @@ STYLE = """
 .dbo .wait { fill: url(#dbo-hatch); }
 .dbo .hatch, .dbo .tick { stroke-width: .6; fill: none; }
 .dbo .event { stroke-width: .8; opacity: .55; fill: none; marker-end: url(#dbo-head); }
+.dbo .carry { stroke-width: 1.2; fill: none; marker-end: url(#dbo-head); }
 .dbo .step { stroke-width: .6; }
 """
 HATCH = (
@@ -45,16 +47,6 @@ HATCH = (
     '<path class="hatch" d="M0 0V6"/></pattern><marker id="dbo-head" viewBox="0 0 6 6" refX="6" refY="3" '
     'markerWidth="6" markerHeight="6" orient="auto"><path class="head" d="M0 0L6 3L0 6z"/></marker></defs>'
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """One timeline to draw, in seconds. `handovers` become arrows, `paths` has the module path of each segment."""
-
-    title: str
-    timeline: Timeline
-    handovers: tuple[Handover, ...] = ()
-    paths: Mapping[str, str] = field(default_factory=dict)
 
 
 def svg(charts: Sequence[Chart], theme: str = "auto") -> str:
@@ -93,8 +85,9 @@ def _colours(theme: str) -> str:
     """As classes and not as variables, which not every viewer of SVG knows."""
     c = PLAIN[theme]
     fills = {"back": "back", "name": "back", "text": "text", "head": "text", "faint": "faint", "lane": "lane"}
-    rules = [f".dbo .{name} {{ fill: {c[colour]}; }}" for name, colour in fills.items()]
-    strokes = {"hatch": "faint", "tick": "faint", "event": "text", "step": "back"}
+    rules = [f".dbo {{ background: {c['back']}; }}"]  # of the window around it, where it is opened alone
+    rules += [f".dbo .{name} {{ fill: {c[colour]}; }}" for name, colour in fills.items()]
+    strokes = {"hatch": "faint", "tick": "faint", "event": "text", "carry": "text", "step": "back"}
     rules += [f".dbo .{name} {{ stroke: {c[colour]}; }}" for name, colour in strokes.items()]
     rules += [f".dbo .mb{i} {{ fill: {colour}; }}" for i, colour in enumerate(COLOURS[theme])]
     return "\n".join([*rules, f".dbo .once {{ fill: {c['once']}; }}"])
@@ -111,6 +104,10 @@ def _legend(charts: Sequence[Chart]) -> Iterator[str]:
         yield f'<text class="text" x="{x + 17:.0f}" y="22">{name}</text>'
         x += 17 + CHAR * len(name) + 22
     yield f'<path class="event" d="M{x:.0f} 18h22"/><text class="text" x="{x + 28:.0f}" y="22">must come first</text>'
+    if any(chart.carried for chart in charts):
+        x += 28 + CHAR * len("must come first") + 22
+        yield f'<path class="carry" d="M{x:.0f} 22{ARC.format(22)}"/>'
+        yield f'<text class="text" x="{x + 32:.0f}" y="22">goes on with a request</text>'
 
 
 def _paint(microbatch: int | None) -> str:
@@ -146,6 +143,7 @@ class _Drawing:
             for interval in self.chart.timeline.on(lane):
                 yield from self._step(interval, begin, y)
         yield from self._events(begin, rows)
+        yield from self._carried(begin, rows)
         yield from self._axis(begin, top + self.line_height - AXIS)
 
     def _span(self, start: float, end: float, begin: float) -> tuple[float, float] | None:
@@ -186,11 +184,24 @@ class _Drawing:
             arrow = f'<path class="event" d="M{x0:.2f} {y0}L{x1:.2f} {y1}"/>'
             yield f"<g>{arrow}<title>{escape(str(handover))}</title></g>"
 
+    def _carried(self, begin: float, rows: Mapping[Lane, float]) -> Iterator[str]:
+        at = {Step(i.segment, i.microbatch): i for i in self.chart.timeline.intervals}
+        for carry in self.chart.carried:
+            made, read = at.get(carry.maker), at.get(carry.reader)
+            if made and read and (span := self._span(_middle(made), _middle(read), begin)):
+                x, width = span
+                arc = f'<path class="carry" d="M{x:.2f} {rows[made.lane]}{ARC.format(f"{width:.2f}")}"/>'
+                yield f"<g>{arc}<title>{escape(str(carry))}: the cache of a request in both</title></g>"
+
     def _axis(self, begin: float, y: float) -> Iterator[str]:
         for tick in _ticks(begin, begin + self.duration):
             x = LEFT + (tick - begin) * self.scale
             yield f'<path class="tick" d="M{x:.2f} {y}v5"/>'
             yield f'<text class="faint" x="{min(x, WIDTH - RIGHT - 30):.2f}" y="{y + 17}">{_ms(tick)}</text>'
+
+
+def _middle(interval: Interval) -> float:
+    return (interval.start + interval.end) / 2
 
 
 def _label(interval: Interval, width: float) -> str:

@@ -17,14 +17,12 @@ from typing import Any
 import torch
 
 from dbo_compile import compat
-from dbo_compile.chart import Chart, svg
+from dbo_compile.chart import svg
 from dbo_compile.files import Folder
-from dbo_compile.ir.waits import handovers
-from dbo_compile.levels import Levels
+from dbo_compile.levels import Chart, Levels
 from dbo_compile.log import rank, warn_once
 from dbo_compile.measure import Player, timed
 from dbo_compile.page import graph_page, root_page
-from dbo_compile.passes.cost import NUM_ROWS
 from dbo_compile.report import Report, add_report, times
 from dbo_compile.runnable import runnable
 from dbo_compile.runtime.clock import Interval, Timeline
@@ -54,7 +52,7 @@ def publish(report: Report, folder: str | None) -> None:
 
 
 def finish_dumps() -> None:
-    """Write what the calls so far have shown, of every graph that is dumped, and time no more of them."""
+    """Write what the calls so far have shown, of every graph that is dumped, and time and write no more of them."""
     while _watches:
         _watches.pop().finish()
 
@@ -63,21 +61,13 @@ _watches: list[_Watch] = []
 atexit.register(finish_dumps)
 
 
-def dump(report: Report, folder: str | Path, measured: Sequence[Timeline] = ()) -> list[Path]:
-    """Write what is known of one graph into `folder`, with charts of what was predicted and `measured`.
-
-    Raises `OSError` if it cannot.
-    """
-    calls = [Call(0, timeline) for timeline in measured]
-    return _written(Folder(folder), [*_levels(report), *_results(report, calls)])
-
-
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that was timed; `num_tokens` is 0 where nobody said."""
+    """A call that was timed; `straddles` as far as a request may have had tokens in two microbatches."""
 
     num_tokens: int
     timeline: Timeline
+    straddles: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +88,7 @@ class _Watch:
     def __init__(self, report: Report, root: Folder) -> None:
         self.report = report
         self.root = root
+        self.rank = rank() or 0  # at exit, the process group may be gone
         self.compile_id = compat.compile_id()
         self.links: list[tuple[str, str]] = []
         self.written: Levels | None = None
@@ -114,12 +105,13 @@ class _Watch:
         """Leave the engine alone, and write what the calls showed."""
         if self.player is not None and self.report.engine is not None:
             self.report.engine.player, self.player = self.player, None
-            self._write()
+        self._write()
 
     def _keep(self, rows: Sequence[int], timeline: Timeline) -> None:
         if self.player is None:
             return
-        self.calls.append(Call(sum(rows), timeline))
+        straddles = self.report.cuts is None or self.report.cuts.last_straddles
+        self.calls.append(Call(sum(rows), timeline, straddles))
         if len(self.calls) == WATCHED_CALLS or sum(map(_is_split, self.calls)) == MEASURED_CALLS:
             self.finish()
 
@@ -135,18 +127,15 @@ class _Watch:
         if not self.links or self.report.levels is not self.written:  # the gate may have had it compiled again
             levels = _levels(self.report)
             self.links, self.written = [(file.name, file.what) for file in levels], self.report.levels
-        facts = {"rank": rank() or 0, "graph": self.report.number, "compile_id": self.compile_id}
-        results = _results(self.report, self.calls, facts=facts, links=self.links)
-        _written(self.root, [*levels, *results], under=f"rank{rank() or 0}/graph{self.report.number}/")
+        facts = {"rank": self.rank, "graph": self.report.number, "compile_id": self.compile_id}
+        under = f"rank{self.rank}/graph{self.report.number}"
+        for file in [*levels, *_results(self.report, self.calls, facts, self.links)]:
+            self.root.write(f"{under}/{file.name}", file.content)
         _write_index(self.root)
 
 
 def _is_split(call: Call) -> bool:
     return any(i.microbatch is not None for i in call.timeline.intervals)
-
-
-def _written(folder: Folder, files: Sequence[Written], under: str = "") -> list[Path]:
-    return [folder.write(under + file.name, file.content) for file in files]
 
 
 def _levels(report: Report) -> list[Written]:
@@ -156,7 +145,7 @@ def _levels(report: Report) -> list[Written]:
     ]  # fmt: skip
     if (levels := report.levels) is None:
         return files
-    code = runnable(levels, CONSTANTS)
+    code = runnable(levels, report.engine.signature.requests if report.engine else None, CONSTANTS)
     files += [
         Written("1_placements.txt", "the ATen graph: where tokens are, barriers and why", placements_text(levels)),
         Written("2_segments.txt", "the stretches that stay on one lane", segments_text(levels)),
@@ -176,17 +165,17 @@ def _generated(levels: Levels) -> Iterator[Written]:
 
 
 def _results(
-    report: Report, calls: Sequence[Call], *, facts: dict[str, Any] | None = None, links: Sequence[tuple[str, str]] = ()
+    report: Report, calls: Sequence[Call], facts: dict[str, Any], links: Sequence[tuple[str, str]]
 ) -> list[Written]:
     """What changes with the calls, split ones if there are any: charts, the report, the page."""
     calls = list(filter(_is_split, calls)) or calls
-    data = {**report.to_dict(), "measured": [times(call.timeline) for call in calls], **(facts or {})}
+    data = {**report.to_dict(), "measured": [times(call.timeline) for call in calls], **facts}
     data["versions"] = _versions()
     for segment in data["segments"] if calls else ():
         segment["measured_seconds"] = _mean([i for i in calls[-1].timeline.intervals if i.segment == segment["name"]])
     charts = _charts(report.levels, calls) if report.levels else []
     lanes = svg(charts)
-    trace = chrome_trace(charts, rank() or 0)
+    trace = chrome_trace(charts, facts["rank"])
     files = [Written(REPORT, "all of this page for programs", json.dumps(data, indent=1))]
     if charts:
         files.append(Written("lanes.svg", "the lane chart", lanes))
@@ -201,12 +190,10 @@ def _mean(intervals: Sequence[Interval]) -> float:
 
 def _charts(levels: Levels, calls: Sequence[Call]) -> list[Chart]:
     """The prediction, and the last call."""
-    paths, arrows = levels.paths, handovers(levels.program)
-    charts = [Chart(f"predicted for {NUM_ROWS} rows, modelled costs", levels.timeline, arrows, paths)]
+    charts = [levels.predicted]
     for call in calls[-1:]:
-        tokens = f", {call.num_tokens} tokens" if call.num_tokens else ""
-        how = "" if _is_split(call) else ", not split"
-        charts.append(Chart(f"measured{tokens}{how}", call.timeline, arrows, paths))
+        title = f"measured, {call.num_tokens} tokens{'' if _is_split(call) else ', not split'}"
+        charts.append(levels.chart(title, call.timeline, straddles=call.straddles))
     return charts
 
 
@@ -221,7 +208,7 @@ def _versions() -> dict[str, str]:
 def _write_index(root: Folder) -> None:
     """Link every graph of every rank. Other ranks may do so at the same time: who finds more than it wrote, repeats."""
     linked: list[tuple[str, str]] | None = None
-    while linked != (found := list(_graphs(root.path))):
+    while linked != (found := [*_graphs(root.path), *_bytecode(root.path)]):
         root.write("index.html", root_page(found))
         linked = found
 
@@ -229,5 +216,11 @@ def _write_index(root: Folder) -> None:
 def _graphs(root: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(root.glob(f"rank*/graph*/{REPORT}"), key=lambda p: [len(part) for part in p.parts] + [p]):
         report = json.loads(path.read_text(encoding="utf-8"))
-        what = f"{report['num_segments']} segments" if report["split"] else f"not split: {report['reason']}"
+        calls = f"{report['calls']['split']} of {report['calls']['total']} calls were split"
+        what = f"{report['num_segments']} segments, {calls}" if report["split"] else f"not split: {report['reason']}"
         yield path.parent.relative_to(root).joinpath("index.html").as_posix(), what
+
+
+def _bytecode(root: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(root.glob("rank*/bytecode/full_code_for_*.py")):
+        yield path.relative_to(root).as_posix(), "decompiled bytecode and guards, by depyf"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -13,8 +13,22 @@ from dbo_compile import graph as g
 from dbo_compile.ir.program import Program, Run
 from dbo_compile.ir.schedule import Schedule
 from dbo_compile.ir.tokens import TokenMap
+from dbo_compile.ir.waits import Handover, carried, handovers
+from dbo_compile.passes.cost import NUM_ROWS
 from dbo_compile.passes.outline import Outline
 from dbo_compile.runtime.clock import Timeline, simulate
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """One timeline to draw, in seconds. `handovers` become arrows between lanes, `carried` arcs on one lane; `paths`
+    has the module path of each segment."""
+
+    title: str
+    timeline: Timeline
+    handovers: tuple[Handover, ...] = ()
+    paths: Mapping[str, str] = field(default_factory=dict)
+    carried: tuple[Handover, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +47,16 @@ class Levels:
     def timeline(self) -> Timeline:
         """The program on a clock with modelled costs."""
         return simulate(self.program, self.cost)
+
+    @property
+    def predicted(self) -> Chart:
+        title = f"predicted for {NUM_ROWS} rows a microbatch, modelled costs"
+        return self.chart(title, self.timeline, straddles=True)
+
+    def chart(self, title: str, timeline: Timeline, *, straddles: bool) -> Chart:
+        """A timeline of the program; `straddles` if a request may have had tokens in two microbatches."""
+        arcs = carried(self.program) if straddles else ()
+        return Chart(title, timeline, handovers(self.program), self.paths, arcs)
 
     @property
     def paths(self) -> dict[str, str]:

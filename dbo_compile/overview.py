@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from html import escape
 from textwrap import wrap
 
 from dbo_compile.advice import advice
-from dbo_compile.chart import Chart, summary, svg
+from dbo_compile.chart import summary, svg
 from dbo_compile.ir.schedule import Segment
-from dbo_compile.ir.waits import handovers
 from dbo_compile.levels import Levels
+from dbo_compile.passes.cost import NUM_ROWS
 from dbo_compile.report import Report
 from dbo_compile.runtime.clock import Timeline, chart
+from dbo_compile.runtime.cuts import CutSteps
 
 WIDTH = 100
 MOST_STEPS_LINES = 12
@@ -27,7 +28,7 @@ def overview(index: int, report: Report, measured: Timeline | None) -> str:
 def overview_html(index: int, report: Report, measured: Timeline | None) -> str:
     """The same for a notebook, with the lane chart as a picture."""
     text = escape(overview(index, report, measured))
-    return f'<pre style="overflow-x: auto">{text}</pre>\n{_picture(report.levels, measured)}'
+    return f'<pre style="overflow-x: auto">{text}</pre>\n{_picture(report, measured)}'
 
 
 def _lines(index: int, report: Report, measured: Timeline | None) -> Iterator[str]:
@@ -43,11 +44,12 @@ def _lines(index: int, report: Report, measured: Timeline | None) -> Iterator[st
     yield from _pairs("taken on trust (checked by dbo_compile.verify)", report.obligations)
     declined = {f"{reason}: {times}": reason for reason, times in report.decline_counts.items()}
     yield from _reasons("calls that were not split", declined, says_why=False)
-    decisions = getattr(report, "decisions", None) or {}
-    yield from _pairs("what is played, by tokens", {str(size): str(made) for size, made in decisions.items()})
+    yield from _pairs("what is played, by tokens", {str(size): str(made) for size, made in report.decisions.items()})
+    if report.cuts and report.cuts.last:
+        yield from _requests(report.cuts)
     yield from ["", "segments", *_segments(levels)]
     yield from ["", "schedule", *_steps(levels)]
-    yield from ["", "lanes (predicted, a microbatch has 1024 rows)", *_lanes(levels.timeline)]
+    yield from ["", f"lanes (predicted, a microbatch has {NUM_ROWS} rows)", *_lanes(levels.timeline)]
     if measured:
         yield from ["", f"lanes (measured{'' if _is_split(measured) else ', not split'})", *_lanes(measured)]
     yield from ["", f"program {report.fingerprint}: {len(levels.program.instrs)} instructions, see .program"]
@@ -83,6 +85,13 @@ def _pairs(title: str, rows: Mapping[str, str]) -> Iterator[str]:
             yield from _paragraph(f"{key}: {value}", 8, indent=4)
 
 
+def _requests(cuts: CutSteps) -> Iterator[str]:
+    yield from ["", "steps cut by their requests"]
+    steps = cuts.whole + cuts.straddling
+    yield f"    {steps}, of which {cuts.straddling} with a request in two microbatches; the last one:"
+    yield from (f"    microbatch {m}: {part}" for m, part in enumerate(cuts.last))
+
+
 def _paragraph(text: str, hanging: int, *, indent: int = 0) -> list[str]:
     return wrap(text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * hanging, break_on_hyphens=False)
 
@@ -114,10 +123,11 @@ def _lanes(timeline: Timeline) -> list[str]:
     return [f"    {line}" for line in [*drawn, legend, summary(timeline)]]
 
 
-def _picture(levels: Levels | None, measured: Timeline | None) -> str:
-    if levels is None:
+def _picture(report: Report, measured: Timeline | None) -> str:
+    if (levels := report.levels) is None:
         return ""
-    paths, arrows = levels.paths, handovers(levels.program)
-    taken: Sequence[tuple[str, Timeline]] = [("measured", measured)] if measured else []
-    charts = [("predicted for 1024 rows, modelled costs", levels.timeline), *taken]
-    return svg([Chart(title, timeline, arrows, paths) for title, timeline in charts])
+    charts = [levels.predicted]
+    if measured:
+        straddles = report.cuts is None or report.cuts.last_straddles
+        charts.append(levels.chart("measured", measured, straddles=straddles))
+    return f'<div style="overflow-x: auto">{svg(charts)}</div>'

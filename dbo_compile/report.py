@@ -17,6 +17,7 @@ from dbo_compile.compilation import Compilation
 from dbo_compile.ir.schedule import Lane
 from dbo_compile.levels import Levels
 from dbo_compile.runtime.clock import Timeline
+from dbo_compile.runtime.cuts import CutSteps
 from dbo_compile.runtime.engine import Engine
 from dbo_compile.runtime.tune import Decision, Size, decisions_text
 
@@ -101,6 +102,11 @@ class Report:
     def decline_counts(self) -> dict[str, int]:
         return dict(self.engine.calls.declined) if self.engine else {}
 
+    @property
+    def cuts(self) -> CutSteps | None:
+        """How the steps so far were cut by their requests; None for a graph that is not told of requests."""
+        return self.engine.calls.cuts if self.engine and self.engine.signature.requests else None
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data, in the form of `report.schema.json` in this package."""
         return {
@@ -118,11 +124,16 @@ class Report:
             "schedule": [str(step) for step in self.levels.schedule.steps] if self.levels else [],
             "predicted": times(self.levels.timeline) if self.levels else None,
             "calls": {"total": self.calls, "split": self.calls_split, "declined": self.decline_counts},
+            "cuts": _cuts(self.cuts) if self.cuts else None,
             "decisions": {
                 str(size): {"chosen": made.chosen, "seconds": dict(made.seconds)}
                 for size, made in self.decisions.items()
             },
         }
+
+
+def _cuts(cuts: CutSteps) -> dict[str, Any]:
+    return {"whole": cuts.whole, "straddling": cuts.straddling, "last": cuts.last}
 
 
 def _with_lines(why: Mapping[fx.Node, str]) -> dict[str, str]:

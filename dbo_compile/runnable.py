@@ -13,14 +13,16 @@ import torch
 from torch import fx
 
 from dbo_compile import graph as g
+from dbo_compile.axes import Axis
 from dbo_compile.levels import Levels
+from dbo_compile.runtime.given import RequestInputs
 
 HEADER = '''"""The rewritten graph: {segments} segments of which {codes} differ, {microbatches} microbatches.
 
 `run(rows, *args)` plays it on the ops that PyTorch has, not on those that Inductor made of them. `rows` has the number
 of tokens of each microbatch, e.g. {rows}; `args` are, in this order:
 {args}
-A model that communicates needs its process groups.
+A model that communicates needs its process groups; ops that are not PyTorch's own need the module that registers them.
 """
 
 from pathlib import Path
@@ -33,9 +35,25 @@ constants = torch.load(Path(__file__).with_name("{name}"), weights_only=True)
 '''
 FOOTER = '''
 
+
 def run(rows, *args):
     with WorkLanes(rows) as lanes:
         return Program().forward(lanes, *args)
+'''
+FOOTER_WITH_REQUESTS = '''
+
+
+requests = RequestInputs(
+    axes={axes},
+    numbers={numbers},
+    sizes={sizes},
+)
+
+
+def run(rows, *args):
+    given = requests.given(args, requests.read(args, sum(rows)), rows)
+    with WorkLanes(rows) as lanes:
+        return Program().forward(lanes, *args, *given)
 '''
 
 
@@ -47,8 +65,9 @@ class Runnable:
     constants: bytes
 
 
-def runnable(levels: Levels, constants_name: str) -> Runnable:
-    """The rewritten graph of `levels`; the file of constants lies beside it and is called `constants_name`."""
+def runnable(levels: Levels, requests: RequestInputs | None, constants_name: str) -> Runnable:
+    """The rewritten graph of `levels`; the file of constants lies beside it and is called `constants_name`. Where the
+    graph is told of `requests`, the file makes of them what each microbatch is told."""
     writer = _Writer()
     segments = levels.outline.segments.values()
     codes = [
@@ -56,6 +75,7 @@ def runnable(levels: Levels, constants_name: str) -> Runnable:
         for name, code in levels.outline.codes.items()
     ]
     program = writer.program(levels)
+    footer = writer.footer(requests)
     n = levels.program.num_microbatches
     header = HEADER.format(
         segments=len(levels.outline.segments),
@@ -63,10 +83,10 @@ def runnable(levels: Levels, constants_name: str) -> Runnable:
         microbatches=n,
         rows=list(range(n + 2, 2, -1)),
         args="\n".join(f"    {line}" for line in _inputs(levels.graph)),
-        imports="\n".join(sorted({"import torch", *writer.imports_of([*codes, program])})),
+        imports="\n".join(sorted({"import torch", *writer.imports_of([*codes, program, footer])})),
         constants=CONSTANTS.format(name=constants_name) if writer.constants else "",
     )
-    return Runnable("\n\n\n".join([header, *codes, program]) + FOOTER, _saved(writer.constants))
+    return Runnable("\n\n\n".join([header, *codes, program]) + footer, _saved(writer.constants))
 
 
 def _inputs(graph: fx.Graph) -> Iterator[str]:
@@ -106,6 +126,26 @@ class _Writer:
     def program(self, levels: Levels) -> str:
         attributes = [f"    {name} = Code_{name}().forward" for name in levels.outline.codes]
         return "\n".join(["class Program:", *attributes, *self._forward(levels.module)])
+
+    def footer(self, requests: RequestInputs | None) -> str:
+        if requests is None:
+            return FOOTER
+        self.imports["RequestInputs"] = _import("RequestInputs", RequestInputs)
+        axes = "".join(f"\n        {name!r}: ({i}, {self._axis(axis)})," for name, (i, axis) in requests.axes.items())
+        numbers, sizes = dict(requests.numbers), dict(requests.sizes)
+        return FOOTER_WITH_REQUESTS.format(axes=f"{{{axes}\n    }}", numbers=numbers, sizes=sizes)
+
+    def _axis(self, axis: Axis) -> str:
+        """What makes an axis, as text; a function of the user's that has no name to import it by is left out."""
+        if not callable(axis):
+            name = type(axis).__name__
+            self.imports[name] = _import(name, type(axis))
+            return repr(axis)
+        name = getattr(axis, "__qualname__", "<object>")
+        if not name.isidentifier() or axis.__module__ == "__main__":
+            return f"None  # put {name} of token_dims here\n       "
+        self.imports[name] = _import(name, axis)
+        return name
 
     def imports_of(self, texts: Sequence[str]) -> list[str]:
         """The statements for those names that some text has: generated code may use more than it does."""

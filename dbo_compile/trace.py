@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dbo_compile.chart import Chart
 from dbo_compile.ir.schedule import Lane, Step
+from dbo_compile.levels import Chart
 from dbo_compile.runtime.clock import Interval
 
 MICROSECONDS = 1e6
@@ -32,7 +32,7 @@ def _events(chart: Chart, rank: str, pid: int) -> Iterator[dict[str, Any]]:
         args = {"segment": step.segment, "microbatch": step.microbatch, "module": chart.paths.get(step.segment, "")}
         duration = (interval.end - interval.start) * MICROSECONDS
         yield _at(interval, pid, interval.start) | {"ph": "X", "name": str(step), "dur": duration, "args": args}
-    for number, handover in enumerate(chart.handovers):
+    for number, handover in enumerate([*chart.handovers, *chart.carried]):
         if handover.maker in at and handover.reader in at:
             flow = {"name": str(handover), "cat": "event", "id": pid * 100_000 + number}
             made, read = at[handover.maker], at[handover.reader]

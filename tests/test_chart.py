@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from itertools import combinations, pairwise
 from xml.etree import ElementTree
 
 import pytest
 
-from dbo_compile.chart import Chart, svg
+from dbo_compile.chart import svg
 from dbo_compile.ir.schedule import Lane, Step
-from dbo_compile.ir.waits import handovers
+from dbo_compile.ir.waits import Handover, handovers
+from dbo_compile.levels import Chart
 from dbo_compile.runtime.clock import Interval, Timeline, simulate
 from tests.ir.moe import moe_program
 
@@ -113,6 +115,26 @@ def test_arrows_lead_from_the_end_of_a_step_to_the_start_of_one_on_the_other_lan
         assert x0 <= x1 + 0.02
         assert any(abs(b[2] - x0) < 0.7 and y0 in (b[1], b[3]) for b in bars)
         assert any(abs(b[0] - x1) < 0.7 and y1 in (b[1], b[3]) for b in bars)
+
+
+def with_arcs(num_layers):
+    carried = [Handover(Step(f"attn{i}", 0), Step(f"attn{i}", 1)) for i in range(num_layers)]
+    return replace(moe_chart(num_layers), carried=tuple(carried))
+
+
+def test_arcs_lead_from_the_middle_of_a_step_to_that_of_the_next_microbatch():
+    root = drawn([with_arcs(2)])
+    middles = {((left + right) / 2, top) for left, top, right, _ in boxes(root, "step")}
+    _, *arcs = elements(root, "path", "carry")  # the first is in the legend
+    assert len(arcs) == 2
+    for arc in arcs:
+        x, y, width = map(float, re.fullmatch(r"M([\d.]+) ([\d.]+)c0 -11 ([\d.]+) .*", arc.get("d")).groups())
+        assert all(any(abs(m - end) < 0.1 and top == y for m, top in middles) for end in (x, x + width))
+
+
+def test_no_arc_is_lost_where_a_timeline_goes_on_in_a_next_line():
+    chart = with_arcs(32)
+    assert set(titles(drawn([chart]), "carry")) == {f"{c}: the cache of a request in both" for c in chart.carried}
 
 
 @pytest.mark.parametrize("theme", ["light", "dark", "auto"])

@@ -17,9 +17,8 @@ from torch import nn
 
 import dbo_compile
 from dbo_compile import log, reports
-from dbo_compile.dump import dump, finish_dumps
+from dbo_compile.dump import finish_dumps
 from dbo_compile.files import Folder
-from dbo_compile.measure import measured
 from tests.ranks import Ranks
 from tests.schema import faults, report_schema
 from tests.tensors import values
@@ -72,14 +71,12 @@ def texts(folder):
 
 
 def test_dump_writes_the_levels_and_charts_of_one_graph(tmp_path):
-    fn = compiled(model())
-    called(fn, 9)
-    with measured() as timelines:
-        called(fn, 9)
-    report = reports()[-1]
-    levels = report.levels
-    files = dump(report, tmp_path / "deep" / "dump", timelines)
-    assert [f.name for f in files] == ["0_dynamo.py", *LEVELS, "5_constants.pt", *RESULTS]
+    called(compiled(model(), dump=str(tmp_path / "deep" / "dump")), 9, 9)
+    finish_dumps()
+    levels = reports()[-1].levels
+    (folder,) = tmp_path.glob("deep/dump/rank0/graph*")
+    files = list(folder.iterdir())
+    assert sorted(f.name for f in files) == sorted(["0_dynamo.py", *LEVELS, "5_constants.pt", *RESULTS])
     text = {f.name: f.read_text() for f in files if f.suffix != ".pt"}
     assert text["3_schedule.txt"] == f"{levels.schedule}\n"
     assert text["4_program.txt"] == f"{levels.program}\n"
@@ -89,9 +86,8 @@ def test_dump_writes_the_levels_and_charts_of_one_graph(tmp_path):
 
 
 def test_placements_have_barriers_with_their_lines(tmp_path):
-    called(compiled(model(1)), 9)
-    dump(reports()[-1], tmp_path)
-    placements = (tmp_path / "1_placements.txt").read_text()
+    called(compiled(model(1), dump=str(tmp_path)), 9)
+    placements = next(tmp_path.rglob("1_placements.txt")).read_text()
     (line,) = [line for line in placements.splitlines() if "barrier:" in line]
     assert line.split()[:2] == ["mean", "Shared"]
     assert "it reduces over the token dim 0; " in line
@@ -142,6 +138,23 @@ def test_after_some_calls_the_measured_lanes_are_there_and_the_engine_is_left_al
     found = json.loads((folder / "report.json").read_text())
     assert [0 <= m["hidden_comm"] <= 1 for m in found["measured"]] == [True] * 3
     assert "measured, 7 tokens" in (folder / "lanes.svg").read_text()
+
+
+def test_in_the_end_a_dump_has_all_calls_and_not_only_those_that_were_timed(tmp_path):
+    called(compiled(model(), dump=str(tmp_path)), 9, 8, 7, 6, 5)
+    finish_dumps()
+    (path,) = tmp_path.rglob("report.json")
+    assert json.loads(path.read_text())["calls"]["total"] == 5
+    assert "5 of 5 calls were split" in (tmp_path / "index.html").read_text()
+
+
+def test_what_is_written_at_exit_is_in_the_folder_of_its_rank(tmp_path, monkeypatch):
+    monkeypatch.setattr("dbo_compile.dump.rank", lambda: 3)
+    called(compiled(model(1), dump=str(tmp_path)), 9)
+    monkeypatch.setattr("dbo_compile.dump.rank", lambda: None)  # the process group is gone
+    finish_dumps()
+    (path,) = tmp_path.rglob("report.json")
+    assert (path.parent.parent.name, json.loads(path.read_text())["rank"]) == ("rank3", 3)
 
 
 def test_calls_that_are_not_split_are_measured_too_where_there_are_no_others(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,9 +15,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from dbo_compile import compat, reports
-from dbo_compile.chart import Chart
 from dbo_compile.ir.schedule import Lane, Step
-from dbo_compile.ir.waits import Handover, handovers
+from dbo_compile.ir.waits import Handover, carried, handovers
+from dbo_compile.levels import Chart
 from dbo_compile.measure import in_order, measured, measured_each, timed
 from dbo_compile.runtime.clock import Interval, Timeline
 from dbo_compile.runtime.steps import around_steps, ranged
@@ -58,6 +59,14 @@ def test_handovers_are_the_waits_of_a_program():
     program = moe_program(3)
     lanes = {s.name: s.lane for s in program.segments.values()}
     assert all(lanes[h.maker.segment] is not lanes[h.reader.segment] for h in handovers(program))
+
+
+def test_a_request_in_two_microbatches_leads_from_one_to_the_next_on_the_lane():
+    program = moe_program(1, num_microbatches=3)
+    paged = program.segments | {"attn0": replace(program.segments["attn0"], paged=("kv0",))}
+    assert [str(h) for h in carried(replace(program, segments=paged))] == ["attn0#0 -> attn0#1", "attn0#1 -> attn0#2"]
+    assert carried(replace(program, segments=paged, straddles=False)) == ()
+    assert carried(program) == ()
 
 
 # -- traces -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which step waits for which on the other lane: the events of a program, as pairs of steps."""
+"""Which step must come before which: the events between the lanes of a program, and its caches, as pairs of steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dbo_compile.ir.schedule import Lane, Step
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """`reader` starts after `maker`, which is played on the other lane."""
+    """`reader` starts after `maker`."""
 
     maker: Step
     reader: Step
@@ -20,7 +20,8 @@ class Handover:
 
 
 def handovers(program: Program) -> tuple[Handover, ...]:
-    """Each wait of `program`, in its order: from the last step before the event to the first step that waits."""
+    """Each wait of `program` for its other lane, in its order: from the last step before the event to the first step
+    that waits."""
     last: dict[Lane, Step] = {}
     makers: dict[str, Step] = {}
     waiting: dict[Lane, list[Step]] = {lane: [] for lane in Lane}
@@ -38,3 +39,11 @@ def handovers(program: Program) -> tuple[Handover, ...]:
             case _:
                 pass
     return tuple(found)
+
+
+def carried(program: Program) -> tuple[Handover, ...]:
+    """Where a request has tokens in two microbatches: from the step that writes the first ones to a cache, to that of
+    the next microbatch, which attends to them. One lane plays both, so there is no event."""
+    writers = [s.name for s in program.segments.values() if s.paged and s.per_microbatch and program.straddles]
+    microbatches = range(program.num_microbatches)
+    return tuple(Handover(Step(s, m), Step(s, m + 1)) for s in writers for m in microbatches[:-1])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dbo_compile.errors import NotSplit
 from dbo_compile.runtime.plan import Limits
-from dbo_compile.runtime.requests import RequestTable, candidates, straddles
+from dbo_compile.runtime.requests import RequestTable, candidates, parts_of, straddles
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.signature import Signature
 
@@ -23,6 +23,34 @@ class Cut:
     rows: tuple[int, ...] = ()
     given: tuple[Any, ...] = ()
     straddles: bool = True
+
+
+@dataclass(slots=True)
+class CutSteps:
+    """How the steps that told of requests were cut so far: with each request in one microbatch, or one in two."""
+
+    whole: int = 0
+    straddling: int = 0
+    _last: tuple[RequestTable, Cut] | None = field(default=None, repr=False)
+
+    def note(self, table: RequestTable | None, cut: Cut) -> None:
+        if table is None or not cut.rows:
+            return
+        self._last = table, cut
+        if cut.straddles:
+            self.straddling += 1
+        else:
+            self.whole += 1
+
+    @property
+    def last_straddles(self) -> bool:
+        """Whether a request may have had tokens in two microbatches of the last step."""
+        return self._last is None or self._last[1].straddles
+
+    @property
+    def last(self) -> list[str]:
+        """What each microbatch of the last one had: `rows [0, 7), requests [0, 2)`."""
+        return [str(part) for part in parts_of(self._last[0], self._last[1].rows)] if self._last else []
 
 
 def cut_requests(

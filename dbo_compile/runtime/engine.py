@@ -12,6 +12,7 @@ from dbo_compile.config import Config
 from dbo_compile.errors import Disagreement, RankLost
 from dbo_compile.log import logger
 from dbo_compile.runtime.agree import Agreement
+from dbo_compile.runtime.cuts import CutSteps
 from dbo_compile.runtime.force import step_in_force
 from dbo_compile.runtime.gate import Gate
 from dbo_compile.runtime.graphs import Player
@@ -31,6 +32,7 @@ class Calls:
     total: int = 0
     split: int = 0
     declined: Counter[str] = field(default_factory=Counter)
+    cuts: CutSteps = field(default_factory=CutSteps)
 
 
 class Engine:
@@ -109,6 +111,7 @@ class Engine:
             self._declined(f"its token inputs differ in their number of tokens ({listed}); see token_dims")
             return self.ways.whole.eager(*call.args)
         turn = self.planner.turn(plan, call)
+        self.calls.cuts.note(call.table, turn.cut)
         args = self.signature.padded(call.args, turn.num_rows)
         results = self._play(turn, call, args)
         if call.force:

@@ -60,7 +60,7 @@ class Part:
     keys: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"tokens {self.start} to {self.stop}, requests {self.first} to {self.last}"
+        return f"rows [{self.start}, {self.stop}), requests [{self.first}, {self.last})"
 
 
 def parts_of(table: RequestTable, rows: Sequence[int]) -> tuple[Part, ...]:

@@ -15,12 +15,10 @@ import torch
 import torch.distributed as dist
 
 from dbo_compile import reports
-from dbo_compile.chart import Chart, svg
+from dbo_compile.chart import svg
 from dbo_compile.config import Config
 from dbo_compile.example import moe
-from dbo_compile.ir.waits import handovers
 from dbo_compile.levels import Levels
-from dbo_compile.passes.cost import NUM_ROWS
 from dbo_compile.runnable import runnable
 from dbo_compile.runtime.clock import chart
 from dbo_compile.text import placements_text, segments_text
@@ -52,7 +50,7 @@ def levels_of(num_layers: int) -> Levels:
 def listings(levels: Levels) -> dict[str, str]:
     """The text of every listing, by name."""
     placements = [line for line in placements_text(levels).splitlines() if not line.endswith("argument")]
-    graph = runnable(levels, "").text
+    graph = runnable(levels, None, "").text
     code = next(text for text in graph.split("\n\n\n") if text.startswith("# layers_0_experts\n"))
     program = graph.split("class Program:")[1].split("\n\n")[1]
     body = [line.removeprefix(" " * 8) for line in program.splitlines()[1:] if line.strip()]
@@ -93,9 +91,7 @@ def refreshed(page: str, made: dict[str, str]) -> str:
 
 def charts(levels: Levels) -> dict[str, str]:
     """The lane chart in both themes, by file name."""
-    drawn = Chart(f"predicted for {NUM_ROWS} rows a microbatch, modelled costs", levels.timeline,
-                  handovers(levels.program), levels.paths)  # fmt: skip
-    return {f"lanes-{theme}.svg": svg([drawn], theme) for theme in ("light", "dark")}
+    return {f"lanes-{theme}.svg": svg([levels.predicted], theme) for theme in ("light", "dark")}
 
 
 def with_options(page: str) -> str:

@@ -108,7 +108,7 @@ def test_metadata_of_a_straddling_request():
     inputs = step([(3, 4), (5, 20), (2, 0)])
     table = read_requests(inputs, AXES, 10)
     values = given_values(inputs, AXES, table, (5, 5))
-    parts = ["tokens 0 to 5, requests 0 to 2", "tokens 5 to 10, requests 1 to 3"]
+    parts = ["rows [0, 5), requests [0, 2)", "rows [5, 10), requests [1, 3)"]
     assert list(map(str, parts_of(table, (5, 5)))) == parts
     assert {k: [x.tolist() if isinstance(x, torch.Tensor) else x for x in v] for k, v in values.items()} == {
         "block_table": [[[0, 0], [1, 10]], [[1, 10], [2, 20]]],
