@@ -21,7 +21,6 @@ import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from dbo_compile import compat
-from dbo_compile.dump import dump
 from dbo_compile.integrations.transformers import expert_parallel
 from dbo_compile.ir.schedule import Lane
 from dbo_compile.measure import measured
@@ -48,7 +47,7 @@ CONFIG: dict[str, Any] = {
 
 
 def demo(folder: Path) -> int:
-    """Run the demo on two gloo ranks and leave the rewritten graph and the lane chart in `folder`."""
+    """Run the demo on two gloo ranks and leave a dump in `folder`."""
     say(f"Qwen3-MoE, {CONFIG['num_hidden_layers']} layers, random weights, float32; {CONFIG['num_experts']} experts")
     say(f"shared by {WORLD_SIZE} gloo ranks on this machine, {BATCH} x {LENGTH} tokens and one thread a rank.")
     say("Compiling takes about a minute the first time ...")
@@ -58,8 +57,8 @@ def demo(folder: Path) -> int:
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:  # type: ignore[attr-defined]
         say(f"\nThe demo failed.\n{error}")
         return 1
-    say(f"\nWritten to {folder.resolve()}, a folder for each rank: every level from placements to the rewritten")
-    say("graph (5_graph.py), and the lane chart (lanes.svg). Open index.html to see them together.")
+    say(f"\nWritten to {folder.resolve()}: for each rank every level from placements to the rewritten graph")
+    say(f"(5_graph.py), and the lane chart (lanes.svg). dbo-compile trace {folder} opens the page.")
     return 0
 
 
@@ -98,8 +97,9 @@ def _show(rank: int, folder: Path) -> list[str]:
     ids = torch.randint(0, CONFIG["vocab_size"], (BATCH, LENGTH))
     alone = model(ids).logits
     expert_parallel(model, ep_implementation="dbo")
+    options: dict[str, Any] = {"split": "always", "dump": str(folder)}
     with compat.host_reads_in_graph():
-        split: Any = torch.compile(model, backend="dbo", options={"split": "always"}, fullgraph=True)
+        split: Any = torch.compile(model, backend="dbo", options=options, fullgraph=True)
         whole: Any = torch.compile(model, backend="inductor", fullgraph=True)
         logits = split(ids).logits
         report = reports()[-1]
@@ -109,7 +109,6 @@ def _show(rank: int, folder: Path) -> list[str]:
         split(ids)
     difference = (logits - alone).abs().max().item() / alone.abs().max().item()
     _check(report, difference)
-    dump(report, folder / f"rank{rank}", timelines)
     return _lines(report, difference, times, timelines[-1])
 
 

@@ -20,7 +20,7 @@ a { color: var(--link); } .faint { color: var(--faint); } code, td.code { font-f
 .wide { overflow-x: auto; } .wide svg { max-width: 100%; height: auto; min-width: 900px; }
 table { border-collapse: collapse; } td, th { text-align: left; padding: 3px 14px 3px 0; vertical-align: top;
   border-bottom: 1px solid var(--line); } th { font-weight: 600; } td.number { text-align: right;
-  font-variant-numeric: tabular-nums; } td.code { font-size: 12.5px; overflow-wrap: anywhere; }
+  font-variant-numeric: tabular-nums; } td.code { font-size: 12.5px; overflow-wrap: break-word; }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:"
 
@@ -67,6 +67,8 @@ def _graph(report: Mapping[str, Any], chart: str, files: Sequence[tuple[str, str
     yield from _table("Taken on trust", ("op and line", "splitting assumes that"), trust)
     declined = [(reason, times, advice(reason)) for reason, times in report["calls"]["declined"].items()]
     yield from _table("Calls that were not split", ("reason", "calls", "what to do"), declined)
+    cuts = [(f"microbatch {m}", part) for m, part in enumerate(report["cuts"]["last"])] if report["cuts"] else []
+    yield from _table("The last step that was cut by its requests", ("", "has of it"), cuts)
     yield from _decisions(report["decisions"])
     yield from _segments(report["segments"])
     yield "<h2>Files</h2><table>"

@@ -68,6 +68,9 @@ def test_depyf_decompiles_the_bytecode(tmp_path):
     code = "".join(p.read_text() for p in (tmp_path / "rank0" / "bytecode").glob("full_code_for_*.py"))
     assert "def __guard_" in code
     assert "__compiled_fn" in code
+    links = Page((tmp_path / "index.html").read_text()).links
+    assert sum("/bytecode/full_code_for_" in link for link in links) >= 1
+    assert [link for link in links if not (tmp_path / link).is_file()] == []
 
 
 @pytest.mark.parametrize("trouble", ["absent", "broken"])
@@ -116,7 +119,7 @@ REPORT = {
     "barriers": [{"op": "mean (model.py:12, x.mean(0))", "reason": "it reduces over the token dim 0"}],
     "segments": [{"name": "attn", "lane": "compute", "times": 2, "seconds": 1e-3, "code": "attn", "module": "m.attn"}],
     "schedule": [], "predicted": {"seconds": 1, "compute": 1, "comm": 1, "hidden_comm": 0.5}, "measured": [],
-    "calls": {"total": 3, "split": 2, "declined": {"9 tokens <are> few": 1}},
+    "calls": {"total": 3, "split": 2, "declined": {"9 tokens <are> few": 1}}, "cuts": None,
     "decisions": {"512/512": {"chosen": "split", "seconds": {"split": 1e-3, "unsplit": 2e-3}}},
 }  # fmt: skip
 
