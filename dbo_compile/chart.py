@@ -70,9 +70,9 @@ def svg(charts: Sequence[Chart], theme: str = "auto") -> str:
 
 def summary(timeline: Timeline) -> str:
     """One line of a timeline in seconds: `12.3 ms, compute busy 10.1, comm busy 4.0, 83% of communication hidden`."""
-    busy = ", ".join(f"{lane.value} busy {timeline.busy(lane) * 1e3:.3g}" for lane in Lane)
+    busy = ", ".join(f"{lane.value} busy {_number(timeline.busy(lane) * 1e3, 3)}" for lane in Lane)
     hidden = f"{timeline.hidden_comm:.0%} of communication hidden" if timeline.on(Lane.COMM) else "no communication"
-    return f"{timeline.makespan * 1e3:.3g} ms, {busy}, {hidden}"
+    return f"{_number(timeline.makespan * 1e3, 3)} ms, {busy}, {hidden}"
 
 
 def _palette(theme: str) -> str:
@@ -219,7 +219,13 @@ def _hover(interval: Interval, paths: Mapping[str, str]) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.4g} ms"
+    return f"{_number(seconds * 1e3, 4)} ms"
+
+
+def _number(value: float, digits: int) -> str:
+    """So many digits, more where the number has them before its point: never `2.3e+03`."""
+    text = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e+" in text else text
 
 
 @dataclass(frozen=True, slots=True)

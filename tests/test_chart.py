@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dbo_compile.chart import svg
+from dbo_compile.chart import summary, svg
 from dbo_compile.ir.schedule import Lane, Step
 from dbo_compile.ir.waits import Handover, handovers
 from dbo_compile.levels import Chart
@@ -158,6 +158,12 @@ def test_a_chart_needs_nothing_from_elsewhere(theme):
 def test_the_chart_of_any_timeline_is_well_formed(intervals):
     assert len(boxes(drawn([Chart("a <chart>", Timeline(intervals))]), "step")) == len(intervals)
     drawn([])
+
+
+def test_long_times_are_written_out():
+    timeline = Timeline((Interval(Lane.COMPUTE, "a", 0, 0.0, 12.3456), Interval(Lane.COMM, "b", 0, 0.5, 1.4995)))
+    assert summary(timeline) == "12346 ms, compute busy 12346, comm busy 1000, 100% of communication hidden"
+    assert titles(drawn([Chart("", timeline)]), "step")[0] == "a#0: 12346 ms, from 0 ms to 12346 ms"
 
 
 def test_all_tokens_and_each_microbatch_have_a_colour_in_the_legend():
