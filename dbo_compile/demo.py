@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from dbo_compile import compat
+from dbo_compile.dump import finish_dumps
 from dbo_compile.integrations.transformers import expert_parallel
 from dbo_compile.ir.schedule import Lane
 from dbo_compile.measure import measured
@@ -107,6 +108,7 @@ def _show(rank: int, folder: Path) -> list[str]:
         times = _medians({name: partial(fn, ids) for name, fn in variants.items()})
     with measured() as timelines:
         split(ids)
+    finish_dumps()
     difference = (logits - alone).abs().max().item() / alone.abs().max().item()
     _check(report, difference)
     return _lines(report, difference, times, timelines[-1])

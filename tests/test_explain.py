@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+from expecttest import assert_expected_inline
 from torch import nn
 
 import dbo_compile
 from dbo_compile import register_rule, reports
 from dbo_compile.advice import ANY, advice
-from dbo_compile.explanation import explain, verify
+from dbo_compile.explanation import Explanation, explain, verify
 from dbo_compile.ir.tokens import Split
 from dbo_compile.report import MOST_GONE
 from tests.schema import faults, report_schema
@@ -141,6 +142,35 @@ def test_an_explanation_fits_a_terminal(num_layers):
     assert f"{num_layers} collectives, {num_layers} barriers" in text
     assert text.count("-> A sum or mean over tokens needs them all") == 1
     assert ("more steps" in text) == (num_layers == 32)
+
+
+def test_the_text_of_an_explanation():
+    """EXPECTTEST_ACCEPT=1 writes it anew."""
+
+    def forward(x):
+        return funcol.all_reduce(x.exp() @ WEIGHT, "sum", dist.group.WORLD).sin()
+
+    text = str(Explanation(explain(forward, values(9, 5), options=EAGER).reports))
+    assert_expected_inline(re.sub(r"program [0-9a-f]{16}", "program FINGERPRINT", text), """\
+graph 0: split in 2 microbatches, 3 segments of which 3 differ, 1 collectives, 0 barriers
+    communication hidden: 33% predicted
+
+segments
+    compute x2         0.020 ms  main
+    comm    x2         0.051 ms  all_reduce
+    compute x2         0.014 ms  main_2
+
+schedule
+    main#0 all_reduce#0 main#1 all_reduce#1 main_2#0 main_2#1
+
+lanes (predicted, a microbatch has 1024 rows)
+    compute 00000000000001111111111111....................000000000........................111111111
+    comm    .............000000000000000000000000000000000111111111111111111111111111111111.........
+    0, 1: the microbatch at work, =: all tokens, .: waiting
+    0.136 ms, compute busy 0.068, comm busy 0.102, 33% of communication hidden
+
+program FINGERPRINT: 27 instructions, see .program
+every level as files, with pictures: with dbo_compile.debug("folder"): ...""")
 
 
 class Tags(HTMLParser):
