@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from math import isnan
 from typing import Any
 
 from dbo_compile.advice import advice
@@ -105,7 +106,7 @@ def _decisions(decisions: Mapping[str, Any]) -> Iterator[str]:
         (size, made["chosen"], *(made["seconds"].get(v, float("nan")) * 1e3 for v in variants))
         for size, made in decisions.items()
     ]
-    yield from _table("Decisions", ("tokens", "played", *(f"{v}, ms" for v in variants)), rows)
+    yield from _table("Decisions", ("tokens/elements", "played", *(f"{v}, ms" for v in variants)), rows)
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
@@ -120,6 +121,7 @@ def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> I
 
 def _cell(value: Any) -> str:
     match value:
+        case float() if isnan(value): return '<td class="number">\N{EN DASH}</td>'
         case float(): return f'<td class="number">{value:.3f}</td>'
         case int(): return f'<td class="number">{value}</td>'
         case _: return f'<td class="code">{escape(value)}</td>'

@@ -120,7 +120,10 @@ REPORT = {
     "segments": [{"name": "attn", "lane": "compute", "times": 2, "seconds": 1e-3, "code": "attn", "module": "m.attn"}],
     "schedule": [], "predicted": {"seconds": 1, "compute": 1, "comm": 1, "hidden_comm": 0.5}, "measured": [],
     "calls": {"total": 3, "split": 2, "declined": {"9 tokens <are> few": 1}}, "cuts": None,
-    "decisions": {"512/512": {"chosen": "split", "seconds": {"split": 1e-3, "unsplit": 2e-3}}},
+    "decisions": {
+        "512/512": {"chosen": "split", "seconds": {"split": 1e-3, "unsplit": 2e-3}},
+        "8/8": {"chosen": "unsplit", "seconds": {"unsplit": 3e-3}},
+    },
 }  # fmt: skip
 
 
@@ -129,6 +132,7 @@ def test_a_page_shows_decisions_reasons_and_what_to_do():
     for shown in ("512/512", "1.000", "2.000", "A sum or mean over tokens", "9 tokens &lt;are&gt; few", "x</td><td"):
         assert shown in text
     assert "<are>" not in text
+    assert "nan" not in text
 
 
 def test_names_in_the_page_of_a_dump_are_escaped():
