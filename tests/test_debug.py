@@ -20,7 +20,7 @@ import dbo_compile
 from dbo_compile import debugging, log
 from dbo_compile.chart import svg
 from dbo_compile.page import graph_page, root_page
-from tests.test_chart import moe_chart
+from tests.test_chart import moe_chart, with_arcs
 
 ALWAYS = {"inner": "eager", "split": "always"}
 
@@ -176,7 +176,7 @@ def browse(page: Path, *flags: str) -> str:
 @pytest.mark.parametrize("num_layers", [2, 32])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_no_label_lies_on_another_one_in_a_browser(tmp_path, num_layers, theme):
-    charts = [moe_chart(num_layers, "predicted"), moe_chart(num_layers, "measured")]
+    charts = [with_arcs(num_layers), moe_chart(num_layers, "measured")]
     page = tmp_path / "index.html"
     text = graph_page(REPORT, svg(charts), []).replace("style-src", "script-src 'unsafe-inline'; style-src")
     page.write_text(text.replace("</body>", f"{PROBE}</body>"))
