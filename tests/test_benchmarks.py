@@ -13,7 +13,7 @@ from benchmarks.results import Table, Timing, alternating
 from dbo_compile.ir.schedule import Lane
 from tests.ranks import Ranks
 from tests.soak.__main__ import faults
-from tests.soak.steps import Sample
+from tests.soak.steps import RECOMPILED, Sample
 
 
 def test_a_timing_is_the_median_and_half_of_the_distance_of_the_quartiles():
@@ -127,12 +127,16 @@ def test_published_latencies_come_back_for_the_published_size():
 # -- soak -------------------------------------------------------------------------------------------------------------
 
 
-def samples(num_tensors, num_bytes=lambda i: 5, off=lambda i: 0.0):
-    return [Sample(7 * i, off(i), num_tensors(i), num_bytes(i)) for i in range(24)]
+def samples(num_tensors, num_bytes=lambda i: 5, off=lambda i: 0.0, steps=7):
+    return [Sample(steps * i, off(i), num_tensors(i), num_bytes(i)) for i in range(24)]
 
 
 def test_a_soak_that_only_warms_up_has_no_faults():
     assert faults(samples(lambda i: min(i, 9) + 3 * (i % 2), lambda i: min(i, 9) * 2**26)) == []
+
+
+def test_pytorch_may_keep_a_little_of_each_compilation():
+    assert faults(samples(lambda i: 11, lambda i: i * 2**23, steps=RECOMPILED)) == []
 
 
 @pytest.mark.parametrize(
@@ -140,6 +144,7 @@ def test_a_soak_that_only_warms_up_has_no_faults():
     [
         (samples(lambda i: 11 + i), "live tensors grew from 23 to 31"),
         (samples(lambda i: 11, lambda i: i * 2**23), "memory grew by 64 MiB"),
+        (samples(lambda i: 11, lambda i: i * 2**24, steps=RECOMPILED), "memory grew by 128 MiB"),
         (samples(lambda i: 11, off=lambda i: 0.5 * (i == 13)), "step 91: 5.0e-01 from eager"),
     ],
 )

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 
 from tests.ranks import RankFailed, Ranks
-from tests.soak.steps import Sample, play, start, summary
+from tests.soak.steps import RECOMPILED, Sample, play, start, summary
 
 BLOCK = 50
 """Steps for each of which the ranks are asked anew."""
@@ -24,12 +24,16 @@ STEP_SECONDS = 60.0
 CLOSE = 1e-4
 LEAK_BYTES = 24 * 2**20
 """How much the memory of a rank may grow from the end of its warm-up to the end, caches of compiled sizes included."""
+RECOMPILED_BYTES = 10 * 2**20
+"""How much more for each time that all is compiled anew: what PyTorch itself keeps of it, 6 to 8 MiB of this model with
+`backend="aot_eager"`. Of a graph that we kept there would be 20 MiB."""
 
 
 def faults(samples: Sequence[Sample]) -> list[str]:
     """What is wrong with a rank: results that differ, tensors or memory that grow.
 
-    Half of the run is warm-up: memory grows until all sizes have been compiled once. Of the other half the first third
+    Half of the run is warm-up: memory grows until all sizes have been compiled, and until PyTorch lets go of the first
+    graphs that were thrown away, which it does late. Of the other half the first third
     is compared with the last, and the least of each: what is there for a moment is no leak.
     """
     found = [f"step {s.step}: {s.off:.1e} from eager" for s in samples if s.off > CLOSE]
@@ -40,7 +44,8 @@ def faults(samples: Sequence[Sample]) -> list[str]:
         if after > before + 2:
             found.append(f"live tensors grew from {before} to {after} between steps {late[0].step} and {late[-1].step}")
         low, high = (min(s.num_bytes for s in part) for part in by_third)
-        if high > low + LEAK_BYTES:
+        num_compiled = by_third[1][0].step // RECOMPILED - by_third[0][0].step // RECOMPILED
+        if high > low + LEAK_BYTES + num_compiled * RECOMPILED_BYTES:
             found.append(f"memory grew by {(high - low) / 2**20:.0f} MiB from step {late[0].step} to {late[-1].step}")
     return found
 

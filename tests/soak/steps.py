@@ -14,7 +14,7 @@ import dbo_compile
 from dbo_compile import reports
 from dbo_compile.integrations.transformers import expert_parallel
 
-SAMPLED, RECOMPILED = 50, 2500
+SAMPLED, RECOMPILED = 50, 400
 MOST_TOKENS = 33
 CONFIG = Qwen3MoeConfig(
     vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=20, num_hidden_layers=2,
