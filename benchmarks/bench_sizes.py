@@ -1,16 +1,20 @@
 """Never slower: `split="auto"` against Inductor on the whole graph, from 1 to 4096 tokens, over links of several rates.
 
     python -m benchmarks.bench_sizes [--sizes 1 2 ...] [--ratios 0.25 1 4] [--quick] [--write]
+    python -m benchmarks.bench_sizes --every [--ratios 1] [--write]
 
 Model and link are those of `bench_link`. Every call is of `size` sequences of one token, so that each number of tokens
 can be had. The first calls of each size are dbo's trials and are not timed; both variants are compiled with a symbolic
 number of tokens. Without root both ranks talk over loopback, whose rate is what it is.
+
+`--every` takes every size from 1 to 512, on the small model; sizes that are decided together are tried once.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -30,6 +34,8 @@ TYPICAL_SIZE = 512
 """The size for which a ratio of communication to compute is meant; smaller sizes have their own."""
 TRIALS = 60
 """Calls after which dbo has decided: twelve of each of four ways at most, eight to measure costs, the gate."""
+WARM_UP = 3
+"""Calls of a size for which dbo has decided: sizes that are padded alike are one to it."""
 REFERENCE_MBIT = 1000.0
 
 
@@ -37,20 +43,22 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 1.0, 4.0])
+    parser.add_argument("--every", action="store_true", help="every size from 1 to 512, on the small model")
     parser.add_argument("--rank", type=int, help="of this process; set by the benchmark itself")
     args = parser.parse_args()
     why = why_no_link()
     if args.rank is None:
         sys.exit(start_ranks("benchmarks.bench_sizes", sys.argv[1:], link=not why))
-    sizes = args.sizes or ((1, 8, 64) if args.quick else SIZES)
-    config = SMALL if args.quick else CONFIG
+    sizes = range(1, 513) if args.every else args.sizes or ((1, 8, 64) if args.quick else SIZES)
+    config = SMALL if args.quick or args.every else CONFIG
     with joined(args.rank), torch.no_grad(), compat.host_reads_in_graph():
         links = over_loopback() if why else over_links(config, args.ratios)
         rows = [row for link in links for row in measured(config, sizes, link, repeats=5 if args.quick else 25)]
         if args.rank == 0:
             about = f"Over loopback, since {why}. " if why else "Rates are such that communication takes so many times "
             about += "" if why else f"what computing takes at {TYPICAL_SIZE} tokens. "
-            publish("sizes", "Never slower", tables(rows), about=about + ABOUT, write=args.write)
+            name, shown = ("every-size", most(rows)) if args.every else ("sizes", each(rows))
+            publish(name, "Never slower", [summary(rows), *shown], about=about + ABOUT, write=args.write)
 
 
 ABOUT = (
@@ -61,14 +69,34 @@ ABOUT = (
 Row = tuple[str, int, str, str, float, str]
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
+COLUMNS = ("link", "tokens", "Inductor ms", "dbo ms", "dbo / Inductor", "chosen (trials)")
+
+
+def summary(rows: Sequence[Row]) -> Table:
     ratios = [row[4] for row in rows]
     worst = max(rows, key=lambda row: row[4])
-    found = [(f"{worst[4]:.3f}", f"{worst[1]} tokens, {worst[0]}", f"{statistics.median(ratios):.3f}", len(rows))]
-    shown = [(*row[:4], f"{row[4]:.3f}", row[5]) for row in rows]
-    columns = ("link", "tokens", "Inductor ms", "dbo ms", "dbo / Inductor", "chosen (trials)")
-    summary = Table(("worst ratio", "where", "median ratio", "cases"), found, title="Worst and median")
-    return [summary, Table(columns, shown, title="Each size")]
+    found = (f"{worst[4]:.3f}", f"{worst[1]} tokens, {worst[0]}", f"{statistics.median(ratios):.3f}", len(rows))
+    return Table(("worst ratio", "where", "median ratio", "cases"), [found], title="Worst and median")
+
+
+def each(rows: Sequence[Row]) -> list[Table]:
+    return [Table(COLUMNS, [(*row[:4], f"{row[4]:.3f}", row[5]) for row in rows], title="Each size")]
+
+
+def most(rows: Sequence[Row]) -> list[Table]:
+    """By what was chosen, how the ratios are spread; and the worst ones."""
+    by_choice: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        by_choice[row[5].partition(" (")[0]].append(row[4])
+    spread = [(choice, len(found), *(f"{q:.3f}" for q in quantiles(found))) for choice, found in by_choice.items()]
+    columns = ("played", "sizes", "least", "5 %", "half", "95 %", "most")
+    worst = sorted(rows, key=lambda row: -row[4])[:10]
+    return [Table(columns, spread, title="dbo / Inductor by what is played"), *each(worst)]
+
+
+def quantiles(values: Sequence[float]) -> list[float]:
+    values = sorted(values)
+    return [values[round(q * (len(values) - 1))] for q in (0.0, 0.05, 0.5, 0.95, 1.0)]
 
 
 def over_loopback() -> Iterator[str]:
@@ -98,11 +126,13 @@ def measured(config: dict[str, Any], sizes: Sequence[int], link: str, repeats: i
         "Inductor": torch.compile(model, fullgraph=True, dynamic=True),
         "dbo": torch.compile(model, backend="dbo", fullgraph=True),
     }
+    tried: set[int] = set()
     for size in sorted(sizes, reverse=True):
         ids = tokens(config, size)
         for fn in variants.values():
-            for _ in range(TRIALS):
+            for _ in range(WARM_UP if coarse(size) in tried else TRIALS):
                 fn(ids)
+        tried.add(coarse(size))
         took = alternating({name: partial(fn, ids) for name, fn in variants.items()}, repeats, before=dist.barrier)
         both = took["Inductor"], took["dbo"]
         ratio = agreed(both[1].median) / agreed(both[0].median)

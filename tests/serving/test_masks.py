@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dbo_compile import reports
 from dbo_compile.axes import CuSeqlens
+from dbo_compile.report import new_reports
 
 HEADS, SIZE = 2, 3
 STEPS = [(4, 4), (3, 9, 1), (6, 5), (17,)]
@@ -73,14 +74,14 @@ def bounds(lengths):
 
 def played(model, info, token_dims=None):
     """The reports of the graphs that play all steps, after comparing what they give with eager."""
-    before = len(reports())
+    before = reports()
     options = {"split": "always", "inner": "eager", "min_tokens": 2, "token_dims": token_dims}
     run = torch.compile(model.double(), backend="dbo", options=options, fullgraph=True)
     with torch.no_grad():
         for lengths in STEPS:
             x = torch.randn(sum(lengths), HEADS * SIZE, dtype=torch.float64)
             torch.testing.assert_close(run(x, info(lengths)), model(x, info(lengths)), rtol=0, atol=1e-12)
-    return reports()[before:]
+    return new_reports(before)
 
 
 @pytest.mark.parametrize(

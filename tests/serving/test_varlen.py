@@ -11,6 +11,7 @@ from torch.nn.attention import varlen
 
 from dbo_compile import reports
 from dbo_compile.axes import CuSeqlens, Requests, SeqLens
+from dbo_compile.report import new_reports
 from dbo_compile.rules.requests import register_attention_op
 
 HEADS, SIZE, PAGE = 2, 3, 4
@@ -109,7 +110,7 @@ def step(lengths, paged):
 )
 def test_every_step_is_split_and_right(attend, paged, window, whole):
     """A request is cut in two only where keys of its earlier tokens lie in pages, and later ones are hidden."""
-    before, model = len(reports()), Model(attend, window).double().eval()
+    before, model = reports(), Model(attend, window).double().eval()
     plain = Model(attend, window).double().eval()
     plain.load_state_dict(model.state_dict())
     options = {"split": "always", "inner": "eager", "min_tokens": 2, "token_dims": AXES}
@@ -119,6 +120,6 @@ def test_every_step_is_split_and_right(attend, paged, window, whole):
             args = step(lengths, paged)
             torch.testing.assert_close(run(*args), plain(*args), rtol=0, atol=1e-12)
             torch.testing.assert_close(model.caches, plain.caches, rtol=0, atol=1e-12)
-    found = reports()[before:]
+    found = new_reports(before)
     assert sum(r.calls_split for r in found) == len(STEPS)
     assert [(bool(r.levels.tokens.whole_requests), r.barriers) for r in found] == [(whole, {})] * len(found)
