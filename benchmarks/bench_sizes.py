@@ -53,7 +53,8 @@ def main() -> None:
     config = SMALL if args.quick or args.every else CONFIG
     with joined(args.rank), torch.no_grad(), compat.host_reads_in_graph():
         links = over_loopback() if why else over_links(config, args.ratios)
-        rows = [row for link in links for row in measured(config, sizes, link, repeats=5 if args.quick else 25)]
+        repeats = 5 if args.quick else 7 if args.every else 25
+        rows = [row for link in links for row in measured(config, sizes, link, repeats)]
         if args.rank == 0:
             about = f"Over loopback, since {why}. " if why else "Rates are such that communication takes so many times "
             about += "" if why else f"what computing takes at {TYPICAL_SIZE} tokens. "
