@@ -21,12 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._inductor.fx_passes import overlap_scheduling
-from torch.fx.experimental.symbolic_shapes import optimization_hint
+from torch.fx.experimental import symbolic_shapes
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from dbo_compile.integrations import expert_parallel as exact
 from dbo_compile.integrations.transformers import ExactEP
 
+optimization_hint = getattr(symbolic_shapes, "optimization_hint", None) or symbolic_shapes.size_hint  # until 2.11
 Model = Callable[[torch.Tensor], torch.Tensor]
 
 

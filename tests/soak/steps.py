@@ -40,8 +40,10 @@ class _Rank:
     alone: torch.nn.Module
     model: torch.nn.Module
     calls: int = 0
-    split: int = 0
     idle: int = 0
+    split: int = 0
+    """Calls that were split before the newest compilation, whose first graph has the number `first_graph`."""
+    first_graph: int = 0
 
 
 _ranks: list[_Rank] = []
@@ -72,6 +74,7 @@ def play(first: int, last: int) -> list[Sample]:
     found: list[Sample] = []
     for step in range(first, last):
         if step and step % RECOMPILED == 0:
+            rank.split, rank.first_graph = rank.split + newly_split(rank), reports()[-1].number + 1
             rank.model = sharded()
             torch._dynamo.reset()
         off = one_step(rank, step)
@@ -108,4 +111,8 @@ def counted() -> tuple[int, int]:
 
 def summary() -> dict[str, int]:
     rank = _ranks[0]
-    return {"calls": rank.calls, "idle": rank.idle, "split": sum(r.calls_split for r in reports())}
+    return {"calls": rank.calls, "idle": rank.idle, "split": rank.split + newly_split(rank)}
+
+
+def newly_split(rank: _Rank) -> int:
+    return sum(r.calls_split for r in reports() if r.number >= rank.first_graph)
