@@ -58,8 +58,9 @@ def main() -> None:
         if args.rank == 0:
             about = f"Over loopback, since {why}. " if why else "Rates are such that communication takes so many times "
             about += "" if why else f"what computing takes at {TYPICAL_SIZE} tokens. "
-            name, shown = ("every-size", most(rows)) if args.every else ("sizes", each(rows))
-            publish(name, "Never slower", [summary(rows), *shown], about=about + ABOUT, write=args.write)
+            name, shown = ("every-size", most(rows)) if args.every else ("sizes", [each(rows)])
+            tables = [summary(rows), *shown]
+            publish(name, TITLES[args.every], tables, about=about + ABOUT, write=args.write, by="sizes")
 
 
 ABOUT = (
@@ -70,6 +71,7 @@ ABOUT = (
 Row = tuple[str, int, str, str, float, str]
 
 
+TITLES = {False: "Never slower", True: "Never slower, every size"}
 COLUMNS = ("link", "tokens", "Inductor ms", "dbo ms", "dbo / Inductor", "chosen (trials)")
 
 
@@ -80,8 +82,8 @@ def summary(rows: Sequence[Row]) -> Table:
     return Table(("worst ratio", "where", "median ratio", "cases"), [found], title="Worst and median")
 
 
-def each(rows: Sequence[Row]) -> list[Table]:
-    return [Table(COLUMNS, [(*row[:4], f"{row[4]:.3f}", row[5]) for row in rows], title="Each size")]
+def each(rows: Sequence[Row], title: str = "Each size") -> Table:
+    return Table(COLUMNS, [(*row[:4], f"{row[4]:.3f}", row[5]) for row in rows], title=title)
 
 
 def most(rows: Sequence[Row]) -> list[Table]:
@@ -92,7 +94,7 @@ def most(rows: Sequence[Row]) -> list[Table]:
     spread = [(choice, len(found), *(f"{q:.3f}" for q in quantiles(found))) for choice, found in by_choice.items()]
     columns = ("played", "sizes", "least", "5 %", "half", "95 %", "most")
     worst = sorted(rows, key=lambda row: -row[4])[:10]
-    return [Table(columns, spread, title="dbo / Inductor by what is played"), *each(worst)]
+    return [Table(columns, spread, title="dbo / Inductor by what is played"), each(worst, "The ten worst")]
 
 
 def quantiles(values: Sequence[float]) -> list[float]:
