@@ -6,10 +6,11 @@ Every rank times the same ways in the same order, and the slowest rank counts.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ MORE_TRIALS = 12
 CLOSE = 1.2
 """Times the fastest: what noise of a few trials may hide."""
 LEAST_GAIN = 0.03
-"""The fastest way must be faster by this share than what users had before, or that is kept: noise must not decide."""
+"""The fastest way must be faster by this share than what users had before, and by more than the noise of the trials
+leaves open; else that is kept."""
 
 
 WAYS = SPLIT, REFINED, UNSPLIT, INDUCTOR = "split", "refined", "unsplit", "inductor"
@@ -55,23 +57,36 @@ class Size(NamedTuple):
 class Decision:
     """The seconds that each way of playing a size took on the slowest rank, and the one that is played.
 
-    `costs` are what the program of the way `refined` was made for; empty if there is none.
+    `errors` are standard errors of the seconds, as shares of them, on the rank with the most noise. `costs` are what
+    the program of the way `refined` was made for; empty if there is none.
     """
 
     seconds: Mapping[str, float]
     chosen: str
     costs: Costs = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    def fastest(self, ways: Iterable[str]) -> str:
+        """The way that is played if there are only these."""
+        return fastest({way: self.seconds[way] for way in ways}, self.errors)
 
     def __str__(self) -> str:
         times = ", ".join(f"{way} {seconds * 1e3:.2f} ms" for way, seconds in self.seconds.items())
         return f"{self.chosen} ({times})"
 
 
-def fastest(seconds: Mapping[str, float]) -> str:
-    """The way that is played, if these are the times of all that can be."""
+def fastest(seconds: Mapping[str, float], errors: Mapping[str, float]) -> str:
+    """The way that is played, if these are the times of all that can be, and their errors."""
     best = min(seconds, key=seconds.__getitem__)
     simplest = next((way for way in (INDUCTOR, UNSPLIT) if way in seconds), best)
-    return best if seconds[best] < (1 - LEAST_GAIN) * seconds[simplest] else simplest
+    noise = math.hypot(errors.get(best, 0.0), errors.get(simplest, 0.0))
+    return best if seconds[best] < (1 - max(LEAST_GAIN, noise)) * seconds[simplest] else simplest
+
+
+def standard_error(taken: Sequence[float]) -> float:
+    """Of the median, as a share of it: of normal times about the distance of the quartiles over sqrt(n)."""
+    low, median, high = statistics.quantiles(taken, n=4, method="inclusive")
+    return (high - low) / median / math.sqrt(len(taken))
 
 
 @dataclass(slots=True)
@@ -104,7 +119,7 @@ class Tuner:
         if len(ways) == 1:
             return ways[0], False
         if decision and decision.seconds.keys() >= set(ways):
-            return fastest({way: decision.seconds[way] for way in ways}), False
+            return decision.fastest(ways), False
         trials = self._trials[size]
         if trials.taken.keys() != set(ways):  # another way has come, or one is not there any more
             self._trials[size] = trials = _Trials({way: trials.taken.get(way, []) for way in ways})
@@ -121,18 +136,19 @@ class Tuner:
         needed = TRIALS if trials.close is None else MORE_TRIALS
         if any(len(trials.taken[way]) < needed for way in trials.among(list(trials.taken))):
             return
-        agreed = self._agreed(trials.taken)
+        agreed, errors = self._agreed(trials.taken)
         close = frozenset(way for way, s in agreed.items() if s <= CLOSE * min(agreed.values()))
         if trials.close is None and len(close) > 1:
             trials.close = close
             return
-        self.decisions[size] = Decision(agreed, fastest(agreed), costs)
+        self.decisions[size] = Decision(agreed, fastest(agreed, errors), costs, errors)
         del self._trials[size]
 
-    def _agreed(self, taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        medians = [statistics.median(times[1:]) for times in taken.values()]
-        worst = map(max, zip(*self._share([round(m * 1e9) for m in medians]), strict=True))
-        return {way: w / 1e9 for way, w in zip(taken, worst, strict=True)}
+    def _agreed(self, taken: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], dict[str, float]]:
+        """The median of each way, and its error, on the worst rank."""
+        found = [of(times[1:]) for of in (statistics.median, standard_error) for times in taken.values()]
+        worst = [max(of) / 1e9 for of in zip(*self._share([round(x * 1e9) for x in found]), strict=True)]
+        return dict(zip(taken, worst, strict=False)), dict(zip(taken, worst[len(taken) :], strict=True))
 
     def forget(self) -> None:
         self.decisions.clear()
@@ -171,7 +187,8 @@ def load_decisions(path: str | os.PathLike[str]) -> None:
 
 def _parsed(d: Mapping[str, Any]) -> Decision:
     costs = {str(code): (float(part), float(whole)) for code, (part, whole) in d["costs"].items()}
-    return Decision({str(way): float(s) for way, s in d["seconds"].items()}, str(d["chosen"]), costs)
+    seconds, errors = ({str(way): float(s) for way, s in d[name].items()} for name in ("seconds", "errors"))
+    return Decision(seconds, str(d["chosen"]), costs, errors)
 
 
 def decisions_text(graphs: Mapping[str, Mapping[Size, Decision]]) -> str:

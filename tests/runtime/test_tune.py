@@ -20,6 +20,7 @@ from dbo_compile.runtime.tune import (
 
 SIZE, OTHER = Size(8, 512), Size(9, 7)
 WAYS = ["split", "unsplit", "inductor"]
+EXACT = dict.fromkeys(WAYS, 0.0)
 
 
 def alone(values):
@@ -52,14 +53,31 @@ def tuned(tuner, seconds, size=SIZE):
     ],
 )
 def test_a_way_must_be_clearly_faster_than_what_users_had_before(seconds, way):
-    assert fastest(seconds) == way
+    assert fastest(seconds, {}) == way
+
+
+@pytest.mark.parametrize(("noise", "way"), [(0.05, "split"), (0.06, "inductor")])
+def test_a_way_must_be_faster_by_more_than_noise_leaves_open(noise, way):
+    assert fastest({"split": 0.92, "unsplit": 0.99, "inductor": 1.0}, {"split": noise, "inductor": noise}) == way
+
+
+def test_noise_of_trials_is_agreed_and_kept():
+    def share(values):
+        return [tuple(values), (*values[:2], 0, 10**9)]
+
+    tuner = Tuner(share, {})
+    noisy = {"split": [9.0, 0.6, 0.8, 1.0, 1.2], "unsplit": [9.0, 2.0, 2.0, 2.0, 2.0]}
+    while (found := tuner.way(SIZE, list(noisy)))[1]:
+        tuner.took(SIZE, found[0], noisy[found[0]].pop(0), {})
+    assert tuner.decisions[SIZE].errors == pytest.approx({"split": 0.3 / 0.9 / 2, "unsplit": 1.0})
+    assert tuner.decisions[SIZE].chosen == "unsplit"
 
 
 def test_ways_take_turns_and_the_cold_first_time_does_not_count():
     tuner = Tuner(alone, {})
     order = tuned(tuner, {"split": 0.3, "unsplit": 0.5, "inductor": 0.4})
     assert order == WAYS * TRIALS  # none is close to the fastest, so there are no more
-    assert tuner.decisions == {SIZE: Decision({"split": 0.3, "unsplit": 0.5, "inductor": 0.4}, "split")}
+    assert tuner.decisions == {SIZE: Decision({"split": 0.3, "unsplit": 0.5, "inductor": 0.4}, "split", {}, EXACT)}
     assert tuner.way(SIZE, WAYS) == ("split", False)
     assert str(tuner.decisions[SIZE]) == "split (split 300.00 ms, unsplit 500.00 ms, inductor 400.00 ms)"
 
@@ -93,12 +111,13 @@ def test_the_slowest_rank_counts_and_all_decide_alike():
 
     def share(values):
         told.append(values)
-        return [tuple(values), tuple(round(s * 1e9) for s in theirs.values())]
+        return [tuple(values), (*(round(s * 1e9) for s in theirs.values()), 0, 0)]
 
     tuner = Tuner(share, {})
     tuned(tuner, mine)
-    assert told == [[300_000_000, 500_000_000]]
-    assert tuner.decisions[SIZE] == Decision({"split": 0.7, "unsplit": 0.5}, "unsplit")
+    assert told == [[300_000_000, 500_000_000, 0, 0]]
+    assert tuner.decisions[SIZE].seconds == {"split": 0.7, "unsplit": 0.5}
+    assert tuner.decisions[SIZE].chosen == "unsplit"
 
 
 def test_each_size_is_timed_by_itself_and_a_size_that_cannot_be_split_uses_what_is_known():
