@@ -19,7 +19,7 @@ from dbo_compile.dump import publish
 from dbo_compile.errors import InvalidSchedule, NotSplit
 from dbo_compile.log import logger, setup_from_environment
 from dbo_compile.passes.capturable import why_not_captured
-from dbo_compile.report import Report, is_gone
+from dbo_compile.report import Report, forget
 from dbo_compile.rules.collectives import sms_setters
 from dbo_compile.runtime import graphs
 from dbo_compile.runtime.agree import CPU, Agreement, agreement_over, check_covers
@@ -48,7 +48,7 @@ def compile_with(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: C
     """Compile a Dynamo graph with options that were checked before."""
     fn, report = _compiled(gm, example_inputs, config)
     publish(report, config.dump)
-    weakref.finalize(fn, is_gone, report).atexit = False
+    weakref.finalize(fn, forget, report).atexit = False
     return fn
 
 

@@ -165,8 +165,8 @@ def add_report(report: Report) -> None:
     _reports.append(report)
 
 
-def is_gone(report: Report) -> None:
-    """Nothing plays the graph of this report any more."""
+def forget(report: Report) -> None:
+    """Nothing plays the graph of this report any more: keep it as one of the last few of these."""
     _gone.append(report)
     if len(_gone) > MOST_GONE:
         _reports.remove(_gone.popleft())
