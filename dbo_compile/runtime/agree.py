@@ -238,8 +238,9 @@ def _is_done(work: Work, seconds: float) -> bool:
 
 
 def _cause(error: Exception) -> str:
-    """What went wrong, without gloo's line of its source and its advice."""
-    return re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
+    """What went wrong, without gloo's line of its source and its advice; never nothing."""
+    first, *_ = str(error).splitlines() or [""]
+    return re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", first).partition(". ")[0] or type(error).__name__
 
 
 def _connected(roll: Roll, what: str, timeout_s: float) -> Link:

@@ -462,6 +462,18 @@ def test_a_connection_that_breaks_is_blamed_at_once_on_the_only_rank_missing(sim
     assert time.monotonic() - began < 3.0
 
 
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (RuntimeError("[/gloo/pair.cc:144] Connection closed by peer. Look there"), "Connection closed by peer"),
+        (BrokenPipeError(), "BrokenPipeError"),
+    ],
+)
+def test_a_failure_always_has_a_cause(error, cause):
+    """Without one a rank would go on waiting for a collective that has failed."""
+    assert agree._cause(error) == cause
+
+
 def test_a_store_that_is_gone_does_not_hold_up_the_error(monkeypatch):
     class Gone(dist.HashStore):
         def set(self, key, value):
