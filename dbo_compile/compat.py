@@ -106,6 +106,15 @@ def while_dynamo_compiles(begin: Callable[[Any], None], end: Callable[[Any], Non
         callback_handler.register_end_callback(end)
 
 
+def compiled_apart(fn: Compiled) -> Compiled:
+    """`fn` left to `torch.compile`, which compiles it again where what it assumed does not hold, up to a limit.
+
+    That limit is one for each code object, so `fn` gets one of its own, however often this is asked for.
+    """
+    own = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    return torch.compile(own)
+
+
 # -- FX ---------------------------------------------------------------------------------------------------------------
 
 

@@ -189,9 +189,9 @@ class _Walk:
         if ruling.whole_requests:
             self.whole_requests[node] = None
         if ruling.prefix:
-            self.prefixes[node] = read_beyond(node, ruling.prefix)
+            self.prefixes[node] = read_beyond(node, ruling.prefix, self.places)
         if ruling.whole:
-            self.wholes[node] = read_beyond(node, ruling.whole)
+            self.wholes[node] = read_beyond(node, ruling.whole, self.places)
 
     def _is_whole(self, node: fx.Node) -> bool:
         """Whether a value is the same for all microbatches and yet has a size that counts tokens."""

@@ -11,18 +11,22 @@ from torch import fx
 
 from dbo_compile import graph as g
 from dbo_compile.errors import CannotSplit
+from dbo_compile.ir.tokens import Placement, Split
+from dbo_compile.passes.blocks import FLEX, attend_in_blocks
 from dbo_compile.passes.layout import laid_out, order_of
 
 aten = torch.ops.aten
+Places = Mapping[fx.Node, Placement | tuple[Placement, ...]]
 
 ALIGNED_RIGHT = frozenset({aten._scaled_dot_product_flash_attention.default})
 """Ops whose causal mask lets the last query see the last key already; that of all others begins at the upper left."""
 MASKS = ("attn_mask", "attn_bias")
 
 
-def read_beyond(node: fx.Node, positions: Sequence[int]) -> tuple[fx.Node, ...]:
-    """The arguments of which `node` reads the rows of other microbatches as well."""
-    found = tuple(n for i in positions if isinstance(n := node.args[i], fx.Node))
+def read_beyond(node: fx.Node, positions: Sequence[int], places: Places) -> tuple[fx.Node, ...]:
+    """The arguments, at these positions or in lists there, of which `node` reads rows of other microbatches as well."""
+    read = g.flat([node.args[i] for i in positions])
+    found = tuple(dict.fromkeys(n for n in read if isinstance(n, fx.Node) and isinstance(places[n], Split)))
     if any(arg in found for i, arg in enumerate(node.args) if i not in positions):
         raise CannotSplit("it attends from rows to those same rows")
     if any(user.target is operator.getitem and user.args[1] != 0 and user.users for user in node.users):
@@ -56,9 +60,16 @@ def attend_to_prefix(
     return laid_out(graph, out, order_of(made[0] if isinstance(made, tuple | list) else made))
 
 
-def attend_to_all(graph: fx.Graph, node: fx.Node, args: Mapping[str, Any], rows: Any, before: Any) -> fx.Node:
-    """Attention `node` for `rows` queries behind `before` others, to all keys; `args` are those in `graph`, by name."""
-    return graph.create_node(node.op, node.target, (), {**args, **_rows_of_mask(graph, args, rows, before)})
+def attend_to_all(
+    graph: fx.Graph, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: Any, before: Any
+) -> fx.Node:
+    """The first result of attention `node` for `rows` queries behind `before` others, to all keys; `args` and `kwargs`
+    are those in `graph`."""
+    if node.target is FLEX:
+        return graph.call_function(attend_in_blocks, (before, *args), dict(kwargs))
+    named = g.named_args(node, args, kwargs)
+    made = graph.create_node(node.op, node.target, (), {**named, **_rows_of_mask(graph, named, rows, before)})
+    return graph.call_function(operator.getitem, (made, 0)) if isinstance(g.value(node), tuple | list) else made
 
 
 def _rows_of_mask(graph: fx.Graph, args: Mapping[str, Any], rows: Any, before: Any) -> dict[str, fx.Node]:

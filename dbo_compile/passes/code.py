@@ -118,10 +118,10 @@ class Copier:
             return
         if node in self.tokens.wholes:
             rows, before = self._number(TOKENS), self._number(BEFORE)
-            self.new[node] = attend_to_all(self.graph, node, g.named_args(node, args, kwargs), rows, before)
+            self.new[node] = attend_to_all(self.graph, node, args, kwargs, rows, before)
             return
-        if node.target is operator.getitem and node.args[0] in self.tokens.prefixes:  # the only result that is read
-            self.new[node] = args[0]
+        if node.target is operator.getitem and self.tokens.reads_others(cast("fx.Node", node.args[0])):
+            self.new[node] = args[0]  # the only result that is read
             return
         new = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
         if is_numbered(node, self.tokens):  # counted from the first row of the step, not of the microbatch

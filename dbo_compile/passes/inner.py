@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dbo_compile import compat
 from dbo_compile import graph as g
 from dbo_compile.ir.tokens import TOKENS
+from dbo_compile.passes.blocks import attend_in_blocks, compiled_attention
 from dbo_compile.passes.code import Code, Numbers
 from dbo_compile.passes.cut import Kind
 
@@ -44,8 +45,18 @@ def compile_codes(
                 done[name] = _inductor(code, hints)
                 bar.update()
             else:
-                done[name] = Compiled(code.module.forward, ())
+                done[name] = Compiled(_plain(code, inner), ())
     return done
+
+
+def _plain(code: Code, inner: str) -> Callable[..., Any]:
+    """What to call for a code that is played as it is; `torch.compile` knows best how to compile FlexAttention."""
+    if inner != "inductor" or not code.module.graph.find_nodes(op="call_function", target=attend_in_blocks):
+        return code.module.forward
+    own = copy.deepcopy(code.module.graph)
+    for node in own.find_nodes(op="call_function", target=attend_in_blocks):
+        node.target = compiled_attention()
+    return fx.GraphModule(code.module, own).forward
 
 
 def _inductor(code: Code, hints: Mapping[sympy.Symbol, int]) -> Compiled:

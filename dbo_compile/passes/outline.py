@@ -193,5 +193,9 @@ def _canonical(
 
 
 def _target(node: fx.Node, gm: fx.GraphModule) -> str:
-    """An op by name; an attribute by identity: two different constants are two codes."""
-    return f"attr {id(getattr(gm, str(node.target), node))}" if node.op == "get_attr" else str(node.target)
+    """An op by name, a function by what it does, a constant by identity: two different ones are two codes."""
+    if node.op != "get_attr":
+        return str(node.target)
+    held = getattr(gm, str(node.target), node)
+    is_function = isinstance(held, fx.GraphModule) and not held.graph.find_nodes(op="get_attr")
+    return str(held.graph) if is_function else f"attr {id(held)}"

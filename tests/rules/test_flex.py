@@ -10,10 +10,9 @@ from dbo_compile.ir.tokens import TOKENS as T
 from dbo_compile.ir.tokens import Function, Ruling, Split
 from dbo_compile.report import new_reports
 from dbo_compile.rules.registry import rule_of
-from tests.rules.truth import count, shared, tokens
+from tests.rules.truth import count, local, shared, tokens
 
 Q, KV = tokens(T, 6, 40, 8), tokens(T, 2, 40, 8)
-SEQUENCE = [tokens(1, 2, T, 8)] * 3
 SCORES, ALL = Function(frozenset({0, 2, 3, 4})), Function(frozenset(range(5)))
 POSITIONS = Function(frozenset({2, 3}))
 BLOCKS = (shared(1, 1, 2), shared(1, 1, 2, 2))
@@ -34,13 +33,12 @@ def test_sequences_are_split(blocks):
 @pytest.mark.parametrize(
     ("args", "reason"),
     [
-        ({"q": SEQUENCE[0], "k": SEQUENCE[1], "v": SEQUENCE[2]}, "count from the first token .*varlen with bounds"),
-        ({"k": shared(1, 2, 40, 8), "v": shared(1, 2, 40, 8)}, "count from the first token of the step"),
-        ({"k": tokens(2 * T, 2, 40, 8), "v": tokens(2 * T, 2, 40, 8)}, "count from the first token of the step"),
+        ({"k": shared(1, 2, 40, 8), "v": shared(1, 2, 40, 8)}, "do not all have a token in each row"),
+        ({"k": tokens(2 * T, 2, 40, 8), "v": tokens(2 * T, 2, 40, 8)}, "do not all have a token in each row"),
         ({"score_mod": ALL}, "its score_mod asks for the number of a sequence"),
         ({"mask_mod": ALL}, "its mask_mod asks for the number of a sequence"),
-        ({"score_buffers": [tokens(T)]}, "its score_mod or mask_mod reads rows of tokens"),
-        ({"buffers": [shared(T)]}, "its score_mod or mask_mod reads rows of tokens"),
+        ({"score_buffers": [tokens(T)]}, "its score_mod reads rows of tokens"),
+        ({"buffers": [shared(T)]}, "its mask_mod reads rows of tokens"),
         ({"blocks": (shared(T, 1, 2), shared(T, 1, 2, 2))}, "has no row for each sequence, nor one for all"),
         ({"blocks": (tokens(1, T, 2), tokens(1, T, 2, 2))}, "has no row for each sequence, nor one for all"),
         ({"length": count(T)}, "it computes with the number of tokens"),
@@ -49,6 +47,46 @@ def test_sequences_are_split(blocks):
 def test_says_why_not(args, reason):
     with pytest.raises(CannotSplit, match=reason):
         ask(**args)
+
+
+ROWS = tokens(1, 6, T, 8, dim=2)
+ALL_BLOCKS = (shared(1, 1, T // 128), shared(1, 1, T // 128, T // 128))
+
+
+def ask_rows(k=ROWS, length=None, **more):
+    length = count(T) if length is None else length
+    return ask(**{"q": ROWS, "k": k, "v": k, "blocks": ALL_BLOCKS, "length": length, **more})
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {},
+        {"score_mod": ALL, "mask_mod": ALL},  # the number of the sequence is that of the step
+        {"buffers": [tokens(T), shared(T), shared(7)], "score_buffers": [tokens(T)]},
+        {"blocks": (shared(1, 1, 1), shared(1, 1, 1, 1)), "length": 1},  # no block mask was given
+        {"buffers": [count(T)]},  # and not read
+    ],
+)
+def test_rows_attend_to_those_of_all(args):
+    assert ask_rows(**args) == Ruling((Split(2),) * 3, whole=(1, 2, 7, 8))
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        ({"k": tokens(1, 6, 2 * T, 8, dim=2)}, "do not all have a token in each row"),
+        ({"k": shared(1, 6, T, 8)}, "do not all have a token in each row"),
+        ({"length": 512}, "made for a fixed number of tokens"),
+        ({"blocks": (tokens(1, 1, T, dim=2), tokens(1, 1, T, T, dim=2))}, "not made for all tokens"),
+        ({"buffers": [local(9)]}, "its mask_mod reads values that each microbatch has its own of"),
+        ({"score_buffers": [local(9)]}, "its score_mod reads values that each microbatch has its own of"),
+        ({"buffers": [count(T)], "mask_mod": ALL}, "its mask_mod computes with the number of tokens"),
+    ],
+)
+def test_says_why_rows_are_not_split(args, reason):
+    with pytest.raises(CannotSplit, match=reason):
+        ask_rows(**args)
 
 
 def causal(b, h, q, k):

@@ -26,7 +26,7 @@ class Model(nn.Module):
     def __init__(self, attention) -> None:
         super().__init__()
         self.attention = attention
-        self.qkv = nn.ModuleList(nn.Linear(HEADS * SIZE, 3 * HEADS * SIZE) for _ in range(2))
+        self.qkv = nn.ModuleList(nn.Linear(HEADS * SIZE, 3 * HEADS * SIZE).double() for _ in range(2))
 
     def forward(self, x: torch.Tensor, info) -> torch.Tensor:
         attend = self.attention(len(x), info)
@@ -72,15 +72,15 @@ def bounds(lengths):
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0)
 
 
-def played(model, info, token_dims=None):
+def played(model, info, token_dims=None, *, steps=STEPS, inner="eager", atol=1e-12):
     """The reports of the graphs that play all steps, after comparing what they give with eager."""
     before = reports()
-    options = {"split": "always", "inner": "eager", "min_tokens": 2, "token_dims": token_dims}
-    run = torch.compile(model.double(), backend="dbo", options=options, fullgraph=True)
+    options = {"split": "always", "inner": inner, "min_tokens": 2, "token_dims": token_dims}
+    run = torch.compile(model, backend="dbo", options=options, fullgraph=True)
     with torch.no_grad():
-        for lengths in STEPS:
-            x = torch.randn(sum(lengths), HEADS * SIZE, dtype=torch.float64)
-            torch.testing.assert_close(run(x, info(lengths)), model(x, info(lengths)), rtol=0, atol=1e-12)
+        for lengths in steps:
+            x = torch.randn(sum(lengths), HEADS * SIZE, dtype=model.qkv[0].weight.dtype)
+            torch.testing.assert_close(run(x, info(lengths)), model(x, info(lengths)), rtol=0, atol=atol)
     return new_reports(before)
 
 
@@ -130,6 +130,10 @@ def with_scores(num_tokens, ids):
     return lambda q, k, v: flex_attention(q, k, v, score)
 
 
+BLOCK_STEPS = [(100, 200, 60), (300, 13), (4, 5, 6), (127, 1), (129, 130), (500, 1)]
+"""Cut at the border of a block of 128 queries and inside of one, and less than a block."""
+
+
 @pytest.mark.parametrize(
     ("attention", "info", "num_unsplit"),
     [
@@ -139,10 +143,16 @@ def with_scores(num_tokens, ids):
     ],
     ids=["made of ids", "function of ids", "input"],
 )
-def test_flex_attention_is_played_once_and_says_what_to_use_instead(attention, info, num_unsplit):
-    """A block mask holds the number of tokens, which is fixed in the first call."""
-    found = played(Model(attention), info)
-    assert sum(r.calls_split for r in found) == len(STEPS) - num_unsplit
-    why = [reason for r in found for op, reason in r.barriers.items() if "flex_attention" in op]
-    assert why
-    assert all("torch.nn.attention.varlen with bounds of requests" in reason for reason in why)
+def test_flex_attention_over_flat_tokens_is_split_and_right(attention, info, num_unsplit):
+    """A block mask that is an input holds the number of tokens, which is fixed in the first call."""
+    found = played(Model(attention), info, steps=BLOCK_STEPS)
+    assert sum(r.calls_split for r in found) == len(BLOCK_STEPS) - num_unsplit
+    assert not any("flex_attention" in op for r in found if r.split for op in r.barriers)
+    codes = [{s.code for s in r.levels.outline.segments.values() if s.whole} for r in found if r.split]
+    assert [len(c) for c in codes] == [1] * len(codes)  # one for all layers
+
+
+@pytest.mark.slow
+def test_flex_attention_of_a_microbatch_is_compiled():
+    found = played(Model(with_blocks(blocks_of)).float(), ids_of, steps=BLOCK_STEPS[:2], inner="inductor", atol=1e-5)
+    assert sum(r.calls_split for r in found) == 2

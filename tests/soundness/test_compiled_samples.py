@@ -111,7 +111,7 @@ def outcomes(infos: list[Any], dtypes: tuple[torch.dtype, ...], num_samples: int
     counts, wrong = Counter(), []
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        for info in infos:
+        for info in (i for i in infos if "empty" not in i.name):  # their results are whatever the memory holds
             for case in (c for dtype in dtypes for c in cases(info, dtype, num_samples)):
                 try:
                     counts[outcome(case)] += 1
