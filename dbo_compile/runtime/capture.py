@@ -21,7 +21,8 @@ from dbo_compile.log import logger
 from dbo_compile.runtime.graphs import Captured, GraphDevice, Key, Limits, Play, Player, write
 
 MOST_MOVES = 3
-"""How often a program is captured again because an argument that it uses in place lies elsewhere."""
+"""How often a program is captured again because an argument that it uses in place lies elsewhere. A weight that moves
+again and again ends that; what is written in place is copied there and back then."""
 
 _capturing = threading.Lock()  # one capture at a time: a second one would end both
 
@@ -116,7 +117,7 @@ class CapturePlayer:
             key = Key.of(play)
             bar.set_postfix_str(str(key))
             try:
-                self._capture(key, play, self.limits.static | self.limits.written)
+                self._capture(key, play, self._in_place())
             except _TooMuchMemory as why:
                 return str(why)
             bar.update()
@@ -126,7 +127,11 @@ class CapturePlayer:
         """The arguments that lie where they did in the last call, and have never moved before."""
         met = self._met[key]
         seen = frozenset(i for i, x in enumerate(args) if _identity(x) == met[i] and not self._moves[i])
-        return seen | self.limits.static | self.limits.written
+        return seen | self._in_place()
+
+    def _in_place(self) -> frozenset[int]:
+        """The arguments that are never copied."""
+        return self.limits.static | {i for i in self.limits.written if self._moves[i] < MOST_MOVES}
 
     def _capture(self, key: Key, play: Play, stable: frozenset[int]) -> None:
         """Make a graph of `play`, or note why there is none. While another capture runs, try again at the next call."""
@@ -160,7 +165,8 @@ class CapturePlayer:
         seconds = time.perf_counter() - start
         logger.info("captured %s: %.1f MiB, %.2f s", key, num_bytes / 2**20, seconds)
         addresses = [pinned[i].data_ptr() if i in pinned else None for i in range(len(args))]
-        return Captured(graph, pinned, copied, addresses, results, num_bytes, seconds)
+        returned = self.limits.written & copied.keys()
+        return Captured(graph, pinned, copied, returned, addresses, results, num_bytes, seconds)
 
     def _buffer(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Memory for an argument that comes from elsewhere in each call; smaller sizes lie in that of larger ones."""
@@ -183,7 +189,7 @@ class CapturePlayer:
     def _look_for_moves(self, key: Key, args: Sequence[Any]) -> None:
         """Forget the graph if something that it reads in place has moved: it is captured anew at the next call.
 
-        What moves is copied from then on; what cannot be copied, but moves again and again, ends that.
+        What moves is copied from then on.
         """
         captured = self.graphs[key]
         if captured.is_at_home(args):
@@ -192,7 +198,7 @@ class CapturePlayer:
         self._moves.update(moved)
         captured.graph.reset()
         del self.graphs[key]
-        stuck = [i for i in moved if i in self.limits.static | self.limits.written and self._moves[i] >= MOST_MOVES]
+        stuck = [i for i in moved if i in self.limits.static and self._moves[i] >= MOST_MOVES]
         if stuck:
             self._refuse(key, f"{self.limits.name(stuck[0])} lies elsewhere in every call; keep it in one place")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -56,13 +56,15 @@ class Key(NamedTuple):
 class Captured:
     """A graph, what it reads in place (`pinned`) or after a copy (`copied`), by position, and what it leaves where.
 
-    `addresses` has, for each argument, where it lies if it is pinned. `num_bytes` is what the device had less of after
-    the capture: little, where the pool had room from a larger size.
+    `returned` are those copies that it writes: they are copied back. `addresses` has, for each argument, where it lies
+    if it is pinned. `num_bytes` is what the device had less of after the capture: little, where the pool had room from
+    a larger size.
     """
 
     graph: Graph
     pinned: Mapping[int, torch.Tensor]
     copied: Mapping[int, torch.Tensor]
+    returned: Collection[int]
     addresses: list[int | None]
     results: tuple[Any, ...]
     num_bytes: int
@@ -76,10 +78,14 @@ class Captured:
         for i, buffer in self.copied.items():
             write(buffer, args[i])
         self.graph.replay()
-        if not clone:
-            return self.results
-        kept = {id(x) for x in self.pinned.values()}
-        return tuple(x.clone() if isinstance(x, torch.Tensor) and id(x) not in kept else x for x in self.results)
+        for i in self.returned:
+            write(args[i], self.copied[i])
+        callers = {id(x): x for x in self.pinned.values()} | {id(self.copied[i]): args[i] for i in self.returned}
+        return tuple(callers[id(x)] if id(x) in callers else _kept(x, clone=clone) for x in self.results)
+
+
+def _kept(x: Any, *, clone: bool) -> Any:
+    return x.clone() if clone and isinstance(x, torch.Tensor) else x
 
 
 def write(buffer: torch.Tensor, x: torch.Tensor) -> None:
@@ -93,8 +99,8 @@ def write(buffer: torch.Tensor, x: torch.Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Which arguments stay where they are: `static` ones (weights), and those `written` in place, which cannot be
-    copies. `names` are for messages. `most_bytes` is what all graphs may take (None: any number).
+    """Which arguments stay where they are: `static` ones (weights), and as a rule those `written` in place. `names` are
+    for messages. `most_bytes` is what all graphs may take (None: any number).
 
     With `clone`, results are the caller's to keep. Without, they are valid until the program is next played for the
     same size, and then hold what that play made.

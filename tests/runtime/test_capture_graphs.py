@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dbo_compile.runtime import capture as capture_module
-from dbo_compile.runtime.capture import CapturePlayer
+from dbo_compile.runtime.capture import MOST_MOVES, CapturePlayer
 from dbo_compile.runtime.graphs import Limits, Play
 from dbo_compile.runtime.streams import StreamPlayer
 from tests.runtime.fake_device import FakeDevice
@@ -170,22 +170,38 @@ def test_a_weight_that_moves_is_found_where_it_is_now():
     assert graphs.log == ["capture", "replay", "replay", "capture", "replay", "replay"]
 
 
-def test_what_is_written_in_place_is_never_a_copy():
+def test_what_is_written_in_place_is_copied_back_only_where_it_moves_again_and_again():
     def counts(lanes, n, state):
         state += n
-        return (state * 2,)
+        return state * 2, state
 
-    player, graphs = setup(written=frozenset({1}), names={1: "cache"})
+    player, graphs = setup(written=frozenset({1}))
     graphs.capture = without_effect(graphs)
     state, want = torch.zeros(3), 0.0
     for _ in range(5):
         want += 7
-        assert torch.equal(player(counts, (7,), [7, state])[0], torch.full((3,), 2 * want))
+        doubled, same = player(counts, (7,), [7, state])
+        assert same is state
+        assert torch.equal(doubled, torch.full((3,), 2 * want))
     assert graphs.log == ["capture", "replay", "replay", "replay", "replay"]
+    graphs.log.clear()
     for _ in range(20):
-        (doubled,) = player(counts, (7,), [7, torch.ones(3)])
+        moved = torch.ones(3)
+        doubled, same = player(counts, (7,), [7, moved])
+        assert same is moved
+        assert torch.equal(moved, torch.full((3,), 8.0))
         assert torch.equal(doubled, torch.full((3,), 16.0))
-    assert list(player.refused.values()) == ["cache lies elsewhere in every call; keep it in one place"]
+    assert player.refused == {}
+    assert graphs.log.count("capture") == MOST_MOVES
+    assert graphs.log[-10:] == ["replay"] * 10
+
+
+def test_a_weight_that_moves_again_and_again_is_not_captured():
+    player, _ = setup(static=frozenset({1}), names={1: "weight"})
+    module = Program()
+    for _ in range(20):
+        check(player, module, (7,), args_of(7, WEIGHT.clone()))
+    assert list(player.refused.values()) == ["weight lies elsewhere in every call; keep it in one place"]
 
 
 def without_effect(graphs):
