@@ -252,9 +252,31 @@ def graph_guards(val: torch.SymInt) -> list[sympy.Expr]:
     return [expr for guard in env.guards if (expr := env.replace(guard.expr)) is not sympy.true]
 
 
+class _Arithmetic(PythonReferenceAnalysis):
+    """On proxies too. PyTorch's own makes sympy expressions of quotients, and has no whole numbers of proxies."""
+
+    @staticmethod
+    def int_truediv(a: Any, b: Any) -> Any:
+        return a / b
+
+    truediv = int_truediv
+
+    @staticmethod
+    def trunc_to_int(x: Any, dtype: torch.dtype) -> Any:
+        return torch.sym_int(x)
+
+    @staticmethod
+    def floor_to_int(x: Any, dtype: torch.dtype) -> Any:
+        return torch.sym_int(x // 1)
+
+    @staticmethod
+    def ceil_to_int(x: Any, dtype: torch.dtype) -> Any:
+        return -torch.sym_int(-x // 1)
+
+
 def evaluate(expr: sympy.Expr, values: Mapping[sympy.Symbol, Any]) -> Any:
     """An expression over given values: integers, or proxies of an fx.Graph under construction."""
-    return sympy_interp(PythonReferenceAnalysis, dict(values), expr)
+    return sympy_interp(_Arithmetic, dict(values), expr)
 
 
 def aten_op_names() -> list[str]:

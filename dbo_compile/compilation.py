@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,20 +86,24 @@ def build(traced: Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> tu
 
     apart = make_apart(segments, placed, cost, programs[n], config.policy)
 
-    # The tokens of one microbatch, and never 0 or 1, on which a compiler would specialise. Numbers of requests have no
-    # hint: a microbatch may have one, or none.
+    parts, once = ({s.code for s in segments.segments.values() if s.per_microbatch is part} for part in (True, False))
     own = {g.expression(g.value(node)) for node in traced.own}
     known = {symbol: hint for symbol, hint in traced.hints.items() if symbol not in own}
-    hints = {**known, TOKENS: max(2, known[TOKENS] // n)}
+
+    def hints(code: str) -> dict[sympy.Symbol, int]:
+        """The tokens that a code is played on, and never 0 or 1, on which a compiler would specialise. Numbers of
+        requests have no hint: a microbatch may have one, or none."""
+        return {**known, TOKENS: max(2, known[TOKENS] // (n if code in parts else 1))}
+
     compiled = inner.compile_codes(segments.codes, hints, inner=config.inner)
     fns = {name: c.fn for name, c in compiled.items()}
     modules = {m: emit(p, fns, segments.outputs) for m, p in programs.items()}
-    guards = [*_graph_guards(gm.graph, symbols), *(guard for c in compiled.values() for guard in c.guards)]
+    guards = [*_graph_guards(gm.graph, symbols), *_guards(compiled, parts)]
     others = [s for s in g.symbol_inputs(gm.graph) if s not in symbols]
     levels = Levels(gm.graph, placed, segments, schedules[n], programs[n], modules[n], cost)
     return levels, Programs(
         modules,
-        Guards(list(dict.fromkeys(guards)), others),
+        Guards(list(dict.fromkeys(guards)), others, once=list(dict.fromkeys(_guards(compiled, once)))),
         programs[n].fingerprint,
         trusts=tuple(dict.fromkeys(placed.obligations.values())),
         codes={name: s.code for name, s in segments.segments.items()},
@@ -107,6 +111,10 @@ def build(traced: Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> tu
         fns=fns,
         apart={n: emit(apart, fns, segments.outputs)} if apart else {},
     )
+
+
+def _guards(compiled: Mapping[str, inner.Compiled], codes: Collection[str]) -> list[sympy.Expr]:
+    return [guard for name, c in compiled.items() if name in codes for guard in c.guards]
 
 
 def refined(levels: Levels, programs: Programs, costs: Costs) -> Programs | None:

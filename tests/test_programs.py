@@ -17,6 +17,7 @@ from dbo_compile.ir.program import End, Free, Record, Run, Wait
 from dbo_compile.ir.proof import verify_program
 from dbo_compile.ir.schedule import Lane
 from dbo_compile.ir.verify import verify_schedule
+from dbo_compile.report import new_reports
 from dbo_compile.runtime.clock import simulate
 from tests.integrations.models import VOCAB, tiny_model
 
@@ -186,3 +187,22 @@ def test_a_group_that_is_gone_is_an_error_that_says_what_to_do():
         dist.destroy_process_group(group)
         with pytest.raises(RuntimeError, match="keep the group as long as the model"):
             compiled(torch.ones(4, 2))
+
+
+@pytest.mark.slow
+def test_code_that_is_played_once_is_compiled_for_all_rows():
+    """Inductor fixes the size that this op averages over: with tokens there it is played once, and right."""
+
+    def fn(x):
+        return torch.nn.functional.interpolate(x.sin(), size=3, mode="area") * 2
+
+    before = reports()
+    options = {"split": "always", "min_tokens": 2, "token_dims": {"x": 2}}
+    compiled = torch.compile(fn, backend="dbo", options=options)
+    with torch.no_grad():
+        for n in (8, 16, 9, 4):
+            x = torch.randn(2, 3, n)
+            torch.testing.assert_close(compiled(x), fn(x))
+    (report,) = new_reports(before)
+    assert (report.calls, report.calls_split) == (4, 1)
+    assert any("what is played once was not compiled for 16 tokens" in reason for reason in report.decline_counts)

@@ -30,9 +30,9 @@ class Compiled:
 
 
 def compile_codes(
-    codes: Mapping[str, Code], hints: Mapping[sympy.Symbol, int], *, inner: str
+    codes: Mapping[str, Code], hints: Callable[[str], Mapping[sympy.Symbol, int]], *, inner: str
 ) -> dict[str, Compiled]:
-    """Compile every code; `hints` has the value of each symbol in the call that was traced.
+    """Compile every code; `hints` gives, for the name of one, the value of each symbol in the call that was traced.
 
     Collectives and reads on the host are never compiled. A progress bar shows on a terminal.
     """
@@ -42,7 +42,7 @@ def compile_codes(
         for name, code in codes.items():
             if code in compute:
                 bar.set_postfix_str(name)
-                done[name] = _inductor(code, hints)
+                done[name] = _inductor(code, hints(name))
                 bar.update()
             else:
                 done[name] = Compiled(_plain(code, inner), ())

@@ -132,7 +132,7 @@ class Engine:
         size = Size(coarse(turn.plan.padded_tokens), coarse(turn.plan.num_elements))
         alone = self.planner.may_be_alone(call)
         is_refined = self.config.policy == "list" and not alone and self._refiner.programs.get(size, self) is not None
-        if SPLIT in ways and is_refined:
+        if {SPLIT, UNSPLIT} <= {*ways} and is_refined:  # what is joined was compiled for all rows, too
             ways = [SPLIT, REFINED, *ways[1:]]
         way, is_timed = self.tuner.way(size, ways)
         if alone:

@@ -100,6 +100,16 @@ def test_a_size_that_is_not_split_has_a_reason(guards, options, tokens, reason):
         rows(tokens, *guards, **options)
 
 
+def test_what_is_played_once_needs_all_rows_of_a_step_and_no_microbatch():
+    guards = Guards([multiple_of(2)], (), once=[multiple_of(8)])
+    assert find_rows(16, (), guards, num_microbatches=2, least_rows=1) == (8, 8)
+    assert find_rows(8, (), guards, num_microbatches=2, least_rows=1) == (4, 4)
+    with pytest.raises(NotSplit, match="what is played once was not compiled for 12 tokens"):
+        find_rows(12, (), guards, num_microbatches=2, least_rows=1)
+    assert [n for n in range(7, 18) if guards.broken(n, ()) is None] == [8, 16]
+    assert Guards([], [LENGTH], once=[multiple_of(LENGTH)]).know_others
+
+
 def test_a_split_point_is_looked_for_as_far_as_said():
     assert rows(3 * MOST_SHIFT, multiple_of(MOST_SHIFT)) == (MOST_SHIFT, 2 * MOST_SHIFT)
 

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
+from signal import SIGKILL
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from tests.soundness.views import View, views
 
 Counts = Counter[str]
 
+MOST_SECONDS = 900
+"""How long the samples of one op may take."""
 UNCHECKED = frozenset({"aten::_fft_c2c", "aten::_fft_c2r"})
 """Kernels that write anywhere if sizes and dims do not fit, as in a search for splits. They have no rule."""
 
@@ -94,7 +97,7 @@ def tally(
 
 
 def tally_in_processes(infos: Iterable[Any], depth: Depth, also: Callable[[Call, View], bool] | None = None) -> Tally:
-    """Judge the samples of ops, each op in a process of its own: some kernels crash."""
+    """Judge the samples of ops, each op in a process of its own: some kernels crash, some may hang."""
     made = Tally()
     for info in infos:
         here, there = Pipe(duplex=False)
@@ -103,6 +106,8 @@ def tally_in_processes(infos: Iterable[Any], depth: Depth, also: Callable[[Call,
             os._exit(0)
         there.close()
         try:
+            if not here.poll(MOST_SECONDS):
+                os.kill(child, SIGKILL)
             _merge(made, *here.recv())
         except EOFError:
             made.crashed.append(info.name)

@@ -110,7 +110,7 @@ OPS: list[tuple[tuple[str, ...], str]] = [
     # writing rows
     ((X, X, ROW,), "{0}.index_add(0, {2}, {1})"), ((X, X, ROW,), "torch.zeros_like({0}).index_add(0, {2}, {1})"),
     ((X, X, ROW,), "{0}.new_zeros({0}.shape[0], 6).index_add_(0, {2}, {1})"),
-    ((X, X, PERM,), "torch.empty_like({0}).index_copy(0, {2}, {1})"),
+    ((r"float\(T,6\)", X, r"perm\(T\)",), "torch.empty_like({0}).index_copy(0, {2}, {1})"),  # leaves no row unset
     ((X, X, ROW,), "{0}.clone().index_put_(({2},), {1}, accumulate=True)"),
     ((X, X, PERM,), "torch.zeros_like({0}).index_put(({2},), {1})"),
     ((X, X, PERM,), "torch.zeros_like({0}).scatter(0, {2}[:, None].expand(-1, 6), {1})"),

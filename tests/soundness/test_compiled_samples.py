@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dbo_compile import reports
 from dbo_compile.report import new_reports
@@ -22,6 +22,8 @@ from tests.soundness.calls import SAMPLE_ERRORS, UNCHECKED, all_ops, samples
 FULL = "SOUNDNESS_OP_DB" in os.environ
 ALWAYS = {"split": "always", "inner": "eager"}
 FAST_STEP, MOST_SAMPLES = 20, 4
+SINGLE = (torch.float32, torch.complex64)
+"""What functions make of integers."""
 
 
 class Text(str):
@@ -103,7 +105,10 @@ def outcome(case: Case) -> str:
 
 
 def _assert_same(got: Any, want: Any, what: str) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, equal_nan=True, msg=lambda m: f"{what}: {m}")
+    """To rounding: kernels take the last rows of a tensor, which are others in a microbatch, another way."""
+    is_single = any(isinstance(x, torch.Tensor) and x.dtype in SINGLE for x in tree_leaves(want))
+    most = 1e-5 if is_single else 1e-9
+    torch.testing.assert_close(got, want, rtol=most, atol=most, equal_nan=True, msg=lambda m: f"{what}: {m}")
 
 
 def outcomes(infos: list[Any], dtypes: tuple[torch.dtype, ...], num_samples: int) -> tuple[Counter[str], list[str]]:

@@ -69,10 +69,22 @@ def check(source, num_microbatches=2, policy="list"):
             if engine is None or (both := on_ranks(engine, compiled, args)) is None:
                 continue
             num_split += 1
-            for rank, (got, want) in enumerate(zip(*both, strict=True)):
-                for i, (a, b) in enumerate(zip(got, want, strict=True)):
-                    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8, msg=lambda m, at=(n, rank, i): f"{at}: {m}")
+            try:
+                assert_same(both, n)
+            except AssertionError:  # what the gate is for: in its place, programs that take nothing on trust
+                if (programs := made[-1].compilation.without_trust()) is None:
+                    raise
+                engine.ways.programs = programs
+                if (both := on_ranks(engine, compiled, args)) is not None:
+                    assert_same(both, n)
     return num_split
+
+
+def assert_same(both, num_tokens):
+    for rank, (got, want) in enumerate(zip(*both, strict=True)):
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            at = f"{num_tokens} tokens, rank {rank}, result or argument {i}"
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8, msg=lambda m, at=at: f"{at}: {m}")
 
 
 def compile_only(compiled, args):
@@ -99,6 +111,18 @@ def test_a_rule_that_takes_rows_sent_by_position_for_rows_of_tokens_is_found(mon
     monkeypatch.setitem(registry._rules, torch.ops._c10d_functional.all_to_all_single.default, lambda x, *_: x.place)
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         check(BY_POSITION)
+
+
+ONE_WAY = """
+def fn(v0, v1, v2, buf, cache):
+    order = v1.argsort(stable=True)
+    return funcol.all_to_all_single(v0[order], None, None, G)[order.argsort()],
+"""
+
+
+def test_rows_that_never_come_back_are_taken_on_trust_and_then_are_not():
+    """They are ordered as if they had. On the first size the two ways differ, and the next programs split no more."""
+    assert check(ONE_WAY) == 1
 
 
 @hypothesis.seed(SEED)
