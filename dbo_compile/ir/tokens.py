@@ -91,13 +91,15 @@ FRESH = "?"
 class Value:
     """What a rule may see of a tensor argument. Sizes are sympy expressions over `TOKENS` and other symbols.
 
-    `is_causal`: as an attention mask [.., T, T] it is known to hide all later tokens from each token.
+    `is_causal`: as an attention mask [.., T, T] it is known to hide all later tokens from each token. `is_given`: it is
+    an argument of which every microbatch has a value of its own, as it was made.
     """
 
     sizes: tuple[sympy.Expr, ...]
     place: Placement
     dtype: torch.dtype = torch.float32
     is_causal: bool = False
+    is_given: bool = False
 
     @property
     def ndim(self) -> int:

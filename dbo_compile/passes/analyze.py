@@ -201,6 +201,7 @@ class _Walk:
 
     def _argument(self, node: fx.Node) -> Any:
         val, place = g.value(node), self.places[node]
+        is_given = isinstance(place, Given)
         if isinstance(place, Given):
             is_integer = not (isinstance(val, torch.Tensor) and val.dtype.is_floating_point)
             place = Local(place.order, position=is_integer)
@@ -210,7 +211,7 @@ class _Walk:
         if isinstance(val, torch.Tensor):
             assert not isinstance(place, tuple)
             is_causal = self._is_whole(node) and hides_later_tokens(node, self.places)
-            return Value(tuple(self._expr(s) for s in val.shape), place, val.dtype, is_causal)
+            return Value(tuple(self._expr(s) for s in val.shape), place, val.dtype, is_causal, is_given)
         if (function := g.function(node)) is not None:
             return Function(frozenset(i for i, n in enumerate(g.inputs(function)) if n.users))
         raise CannotSplit(f"{node.name} is neither a tensor nor a number")

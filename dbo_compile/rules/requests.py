@@ -67,12 +67,15 @@ def _check_rows(name: str, arg: Value | None, dim: int) -> None:
         raise CannotSplit(f"its {name} has no rows of tokens in dim {dim}")
 
 
-def _check_metadata(name: str, arg: Value | None) -> None:
-    if arg is None or (isinstance(arg.place, Local) and arg.place.order == REQUESTS):
+def _check_metadata(name: str, arg: Any) -> None:
+    if not isinstance(arg, Value):  # a number, the longest length say, holds for every microbatch
+        _check_shared(name, arg)
+        return
+    if arg.is_given or (isinstance(arg.place, Local) and arg.place.order == REQUESTS):
         return
     raise CannotSplit(
         f"its {name} is not known to be of the requests of the microbatch: name the input that it is made of in "
-        "token_dims, as CuSeqlens(), SeqLens() or Requests(dim)"
+        "token_dims, as CuSeqlens(), SeqLens(), Requests(dim), or a function"
     )
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dbo_compile.axes import MaxSeqlen, Requests, Tokens
+from dbo_compile.axes import CuSeqlens, MaxSeqlen, Requests, Tokens
 from dbo_compile.errors import NotSplit
+from dbo_compile.rules.requests import register_attention_op
 from tests.serving.model import AXES, HIDDEN, VOCAB, Layer, Metadata, Pages, step_of, times
 from tests.serving.player import Player, symbolic
 
@@ -98,6 +99,41 @@ def test_the_last_token_of_each_request_is_taken_of_all_tokens(group):
     barriers = [str(n.target) for n in graph.placed.barriers]
     assert "dbo_test.paged_attention.default" not in barriers
     assert "aten.index.Tensor" in barriers
+
+
+@torch.library.custom_op("dbo_test::sum_requests", mutates_args=())
+def sum_requests(x: torch.Tensor, bounds: torch.Tensor, last: torch.Tensor, longest: torch.Tensor) -> torch.Tensor:
+    """The sum of the rows of each request in each of its rows; `last` has the last row of each."""
+    lengths = bounds.diff()
+    assert (bounds[1:] - 1).tolist() == last.tolist(), "metadata of different microbatches"
+    assert lengths.max() == longest, "the longest request of another microbatch"
+    sums = torch.stack([rows.sum(0) for rows in x.split(lengths.tolist())])
+    return sums.repeat_interleave(lengths, 0)
+
+
+@sum_requests.register_fake
+def _(x, *_):
+    return torch.empty_like(x)
+
+
+register_attention_op(torch.ops.dbo_test.sum_requests.default, tokens=["x"], requests=["bounds", "last", "longest"])
+
+
+def test_an_attention_op_takes_what_a_function_made_and_the_longest_length():
+    """Requests of 5, 2 and 6 tokens."""
+    x, bounds = torch.randn(13, HIDDEN, dtype=torch.float64), torch.tensor([0, 5, 7, 13])
+
+    def last_of(last, rows):
+        return torch.tensor([row - rows.start for row in last.tolist() if row in rows])
+
+    def fn(x, bounds, last, longest):
+        return torch.ops.dbo_test.sum_requests(x * 2, bounds, last, longest)
+
+    axes = {"x": Tokens(0), "bounds": CuSeqlens(), "last": last_of, "longest": MaxSeqlen()}
+    player, args = Player(axes, rows=(7, 6)), (x, bounds, bounds[1:] - 1, torch.tensor(6))
+    symbolic((x, 0), (bounds, 0), (args[2], 0))
+    assert torch.equal(torch.compile(fn, backend=player, fullgraph=True)(*args), fn(*args))
+    assert not player.graphs[0].placed.barriers
 
 
 def test_a_number_of_requests_that_is_another_size_is_refused():
