@@ -111,13 +111,15 @@ def attention(
 
 def _with_keys_in_the_cache(get_model_kwargs: Callable[..., Any]) -> Callable[..., Any]:
     """A step without cached tokens attends to its own keys, which transformers does not read back from the cache. A
-    microbatch has its own rows of them alone, so here it does."""
+    microbatch has its own rows of them alone, so here full attention does. (Sliding windows read before they write.)"""
 
     @wraps(get_model_kwargs)
     def wrapped(self: ContinuousBatchingIOs, *args: Any, **options: Any) -> Any:
         kwargs = get_model_kwargs(self, *args, **options)
-        pairs = zip(kwargs["read_index"], kwargs["write_index"], strict=True)
-        kwargs["read_index"] = [read if read.numel() else write.clone() for read, write in pairs]
+        read, write = kwargs["read_index"], kwargs["write_index"]
+        for allocator in self.cache.cache_allocators.values():
+            if allocator.layer_type == FULL_ATTENTION and not read[allocator.index].numel():
+                read[allocator.index] = write[allocator.index].clone()
         return kwargs
 
     return wrapped

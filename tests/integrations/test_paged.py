@@ -30,10 +30,10 @@ def _one_op():
     AttentionInterface.register("sdpa", sdpa_attention_forward)
 
 
-def generated(fullgraph=None, num_layers=2):
+def generated(fullgraph=None, num_layers=2, name="qwen3_moe", **config):
     """What four requests get; prompts are longer than a step, so that they are played in pieces."""
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
-    model = tiny_model("qwen3_moe", experts="batched_mm", num_hidden_layers=num_layers)
+    model = tiny_model(name, experts="batched_mm", num_hidden_layers=num_layers, **config)
     expert_parallel(model)
     model.config._attn_implementation = "sdpa"
     compiling = None
@@ -69,6 +69,12 @@ def test_without_the_op_every_piece_between_graph_breaks_is_right():
     want = generated(num_layers=1)
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         assert generated(fullgraph=False, num_layers=1) == want
+
+
+def test_sliding_windows_are_as_they_were(request):
+    want = generated(name="mixtral", sliding_window=5)
+    request.getfixturevalue("_one_op")
+    assert generated(name="mixtral", sliding_window=5) == want
 
 
 @pytest.mark.usefixtures("_one_op")
