@@ -5,7 +5,7 @@
   under an exchange without splitting the whole model. It is plain functional code: one graph, compiled as a whole.
 * `TwoThreads`: dual-batch overlap as vLLM does it, a small re-implementation of `vllm/v1/worker/ubatching.py`. Two
   threads run the whole model, on half of the batch each; one runs at a time, and hands over while its exchange is under
-  way. All parts between exchanges are compiled by Inductor, as vLLM's are.
+  way. Handing over is part of an op, as in vLLM, so the model is one graph, compiled as a whole.
 * `OVERLAP_SCHEDULING`: Inductor with its own overlap scheduling on.
 
 Each is tuned as a user would: code is warm, halves are equal, and where there is a choice (`at_counts`) both are run.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,7 +174,9 @@ class TwoThreads:
         _turns.at_counts, _turns.over = self.at_counts, [False, False]
         outs: list[Any] = [None, None]
         threads = [
-            threading.Thread(target=self._run, args=(me, half, outs)) for me, half in enumerate(ids.tensor_split(2))
+            # In a context of its own a thread would compile with PyTorch's default configuration.
+            threading.Thread(target=copy_context().run, args=(self._run, me, half, outs))
+            for me, half in enumerate(ids.tensor_split(2))
         ]
         for thread in threads:
             thread.start()
@@ -200,23 +203,6 @@ class TwoThreads:
             _turns.events[1 - me].set()
 
 
-@torch.compile(dynamic=True)
-def _sorted_rows(
-    hidden: torch.Tensor, top_k_index: torch.Tensor, num_experts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    routes = top_k_index.reshape(-1)
-    sent = routes.new_zeros(num_experts).scatter_add(0, routes, torch.ones_like(routes))
-    order = torch.argsort(routes)
-    return sent, order, hidden[order // top_k_index.size(1)]
-
-
-@torch.compile(dynamic=True)
-def _combined(rows: torch.Tensor, order: torch.Tensor, top_k_weights: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    home = _home(rows, order).view(*top_k_weights.shape, rows.size(1))
-    return exact.combine(home, top_k_weights, like.dtype)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def yielding(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -229,40 +215,50 @@ def yielding(
     """Do what `exchange_exact` does, handing over to the other thread while rows are on their way."""
     num_ranks = dist.get_world_size(group)
     num_local = num_experts // num_ranks
-    sent, order, rows = _sorted_rows(hidden, top_k_index, num_experts)
-    received, work = _sent(sent, None, None, group)
+    routes = top_k_index.reshape(-1)
+    sent = routes.new_zeros(num_experts).scatter_add(0, routes, torch.ones_like(routes))
+    arriving = exact._start(sent, group, [num_local] * num_ranks, [num_local] * num_ranks)
+    order = torch.argsort(routes)
+    rows = hidden[order // top_k_index.size(1)]
+    received = counts_in_turn(arriving)
+    send_sizes, receive_sizes = exact._read_sizes(sent, received, num_ranks)
+    arrived_for = torch.repeat_interleave(received, output_size=sum(receive_sizes)) % num_local
+    rows = rows_in_turn(rows, receive_sizes, send_sizes, group.group_name)
+    rows = rows_in_turn(experts(rows, arrived_for), send_sizes, receive_sizes, group.group_name)
+    rows = _home(rows, order).view(*top_k_index.shape, hidden.size(1))
+    return exact.combine(rows, top_k_weights, hidden.dtype)
+
+
+@torch.library.custom_op("dbo_bench::counts_in_turn", mutates_args=())
+def counts_in_turn(pending: torch.Tensor) -> torch.Tensor:
+    """The counts that were asked for, perhaps after the other thread's turn; a copy of these few, as an op must."""
     if _turns.at_counts:
         _turns.hand_over()
-    work.wait()
-    send_sizes, receive_sizes = exact._read_sizes(sent, received, num_ranks)
-    arrived, work = _sent(rows, receive_sizes, send_sizes, group)
-    _turns.hand_over()
-    work.wait()
-    arrived_for = torch.repeat_interleave(received, output_size=sum(receive_sizes)) % num_local
-    done = experts(arrived, arrived_for)
-    back, work = _sent(done, send_sizes, receive_sizes, group)
-    _turns.hand_over()
-    work.wait()
-    return _combined(back, order, top_k_weights, hidden)
+    return exact._wait(pending).clone()
 
 
-def _sent(
-    rows: torch.Tensor, receive_sizes: list[int] | None, send_sizes: list[int] | None, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, Any]:
-    num_rows = rows.size(0) if receive_sizes is None else sum(receive_sizes)
-    out = rows.new_empty(num_rows, *rows.shape[1:])
-    work = dist.all_to_all_single(out, rows.contiguous(), receive_sizes, send_sizes, group=group, async_op=True)
-    return out, work
+@torch.library.custom_op("dbo_bench::rows_in_turn", mutates_args=())
+def rows_in_turn(rows: torch.Tensor, receive_sizes: list[int], send_sizes: list[int], group: str) -> torch.Tensor:
+    """All-to-all over dim 0 that hands over while it is under way: an op, so that it breaks no graph (as in vLLM)."""
+    pending = exact.c10d.all_to_all_single(rows.contiguous(), receive_sizes, send_sizes, group)
+    _turns.hand_over()
+    return exact._wait(pending)
+
+
+@counts_in_turn.register_fake
+def _(pending: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(pending)
+
+
+@rows_in_turn.register_fake
+def _(rows: torch.Tensor, receive_sizes: list[int], _send_sizes: list[int], _group: str) -> torch.Tensor:
+    return rows.new_empty(sum(receive_sizes), *rows.shape[1:])
 
 
 class YieldingEP(ExactEP):
-    """`ep_implementation="two_threads"`: see `yielding`. The experts are compiled, as all else around the exchange."""
+    """`ep_implementation="two_threads"`: see `yielding`."""
 
     exchange = staticmethod(yielding)
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._run_experts = torch.compile(super()._run_experts, dynamic=True)  # type: ignore[method-assign]
 
 
 EPImplementationInterface.register("two_threads", YieldingEP)

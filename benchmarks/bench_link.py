@@ -121,7 +121,7 @@ def cells(took: Timing, inductor: Timing, compute: float, comm: float) -> tuple[
 def make_variants(config: dict[str, Any]) -> Variants:
     """Each with the same weights and the same rows to exchange."""
     model = make_model(config)
-    yielding = torch.compile(logits_of(make_model(config, "two_threads")), dynamic=True)
+    yielding = torch.compile(logits_of(make_model(config, "two_threads")), fullgraph=True)
     return {
         "eager": model,
         "Inductor": torch.compile(model, fullgraph=True),
