@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import random
 import statistics
 import sys
 import time
@@ -44,13 +45,13 @@ def alternating(
 ) -> dict[str, Timing]:
     """Time each call `repeats` times, in turn, so that a drift of the machine hits all alike.
 
-    Each round starts with another call, so that none always follows the same one. `before` is called before each, off
-    the clock; ranks meet there.
+    Each round has an order of its own, so that none always follows the same one: a shuffled one, the same on all ranks.
+    `before` is called before each, off the clock; ranks meet there.
     """
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for i in range(repeats):
-        for name in [*names[i % len(names) :], *names[: i % len(names)]]:
+    orders = random.Random(0)
+    for _ in range(repeats):
+        for name in orders.sample(list(calls), len(calls)):
             before()
             start = time.perf_counter()
             calls[name]()

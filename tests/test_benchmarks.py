@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,11 +24,14 @@ def test_a_timing_is_the_median_and_half_of_the_distance_of_the_quartiles():
     assert (Timing(0.00123, 0.00004).ms(2), Timing(0.00123, 0.00004).us()) == ("1.23 ±0.04", "1230.0 ±40.0")
 
 
-def test_calls_are_timed_in_turn_and_each_round_starts_with_another():
+def test_calls_are_timed_in_turn_and_none_always_follows_the_same_one():
     played = []
-    took = alternating({n: lambda n=n: played.append(n) for n in "abc"}, 4, before=lambda: played.append("|"))
-    assert "".join(played).replace("|", "") == "abc" "bca" "cab" "abc"
-    assert (played[::2], list(took)) == (["|"] * 12, ["a", "b", "c"])
+    took = alternating({n: lambda n=n: played.append(n) for n in "abc"}, 8, before=lambda: played.append("|"))
+    assert (played[::2], list(took)) == (["|"] * 24, ["a", "b", "c"])
+    turns = "".join(played[1::2])
+    assert all(sorted(turns[i : i + 3]) == ["a", "b", "c"] for i in range(0, 24, 3))
+    followed = {(x, y) for x, y in pairwise(turns) if x != y}
+    assert len(followed) == 6
 
 
 def test_a_table_is_markdown():
