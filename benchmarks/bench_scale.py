@@ -4,7 +4,7 @@
 
 Nothing runs: four layers as segments, in the order and with the waits that dbo makes, played on two lanes whose times
 come from published figures. `PUBLISHED` and the comments have each figure with its source; what is not published is
-named as an assumption. The gain is what splitting saves of the unsplit step.
+named as an assumption. The gain is the throughput that splitting adds, as others state theirs.
 """
 
 from __future__ import annotations
