@@ -40,6 +40,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(first_call(args.one[0], int(args.one[1]), small=args.quick)))
         return
+    torch.set_num_threads(1)  # as in the processes that measure: the report names it
     layers = args.layers or ([2, 4] if args.quick else [2, 8, 32, 64])
     found = {n: {variant: in_fresh_process(variant, n, small=args.quick) for variant in VARIANTS} for n in layers}
     about = (
