@@ -29,7 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dbo": {"backend": "dbo", "options": {"split": "always", "gate": "never"}},
     "dbo, auto": {"backend": "dbo"},
 }
-AUTO_TRIALS = 40
+AUTO_TRIALS = 60
+"""Calls after which dbo has decided, as in `bench_sizes`."""
 
 
 def main() -> None:
