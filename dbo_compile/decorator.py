@@ -27,7 +27,7 @@ from dbo_compile.runtime.padding import Buckets, Padding, is_decode, unpad, unpa
 from dbo_compile.runtime.plan import BatchPlan, Limits, Wish
 
 LEAST_ROWS = 2
-"""A step is padded to no fewer tokens: Dynamo makes a graph of its own for one."""
+"""What can be padded is padded to no fewer tokens: Dynamo makes a graph of its own for one."""
 
 
 def dbo(target: Any = None, /, *, token_dims: Mapping[str, int | Axis], **options: Any) -> Any:
@@ -105,6 +105,7 @@ class Steps:
         self._programs = ""
         self._dtypes = ""
         self._num_played = 0
+        self._can_pad = False  # not known before the first graph
         self._idle: dict[str, Any] = {}
         self._nothing: Any = None
         self._per_token: tuple[int, bool] | None = None
@@ -188,7 +189,9 @@ class Steps:
         program, config = self._programs_hash, self._config.fingerprint
         if not num_tokens:
             return Wish.idle(program, config)
-        bucket = max(LEAST_ROWS, self.buckets.bucket(num_tokens))
+        bucket = self.buckets.bucket(num_tokens)
+        if self._can_pad or self._config.pad_to is not None:
+            bucket = max(LEAST_ROWS, bucket)
         can_split = self._config.split != "never"
         return Wish(num_tokens, bucket, bucket * elements, can_split, False, decode, program, config)
 
@@ -209,6 +212,7 @@ class Steps:
             results = self._compiled(*self._self(), **closed(padded))
         self._num_played += 1
         self._programs = " ".join(step.engines)
+        self._can_pad = step.can_pad if step.engines else self._can_pad
         for name, x in padded.items():
             if x is not inputs[name] and x.data_ptr() in step.written:
                 inputs[name].copy_(unpad(x, self._padding.token_dims[name], plan.padded_tokens, num_tokens))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 
 import pytest
 import torch
@@ -231,3 +232,19 @@ def test_attention_to_all_tokens_is_not_padded():
 def test_arguments_without_names_are_refused():
     run = dbo_compile.dbo(lambda x, *more: x, token_dims={"x": 0}, **OPTIONS)
     fails("takes its arguments by name, but more has none", run, tokens(7), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("m.bais", "m has no 'bais'; did you mean 'bias'?"), ("m.inner.bias", "no 'inner.bias'")]
+)
+def test_a_member_that_is_not_there_is_an_error_that_names_the_nearest(name, advice):
+    fn = dbo_compile.dbo(lambda x, m: x + m["bias"], token_dims={"x": 0, name: 0}, pad_to=[8], inner="eager")
+    with pytest.raises(ValueError, match=re.escape(advice)):
+        fn(torch.randn(6, 3), {"bias": torch.randn(6, 3)})
+
+
+def test_a_step_of_one_token_needs_no_padding_where_none_was_asked_for():
+    fn = dbo_compile.dbo(lambda x: x - x.mean(0), token_dims={"x": 0}, inner="eager", split="always")
+    for n in (5, 1, 2, 1):
+        x = torch.randn(n, 3)
+        torch.testing.assert_close(fn(x), x - x.mean(0))

@@ -20,7 +20,8 @@ class InForce:
 
     `is_first`: no step was played before, so ranks have still to see that they play the same. `results` has each
     result with its token dim (None: it has none), by identity; `written` where the inputs lie that were written in
-    place; `engines` the fingerprint of each graph that was played. `num_tokens` are those of this rank.
+    place; `engines` the fingerprint of each graph that was played; `can_pad` whether all of them can be padded.
+    `num_tokens` are those of this rank.
     """
 
     plan: BatchPlan
@@ -29,11 +30,13 @@ class InForce:
     results: dict[int, tuple[torch.Tensor, int | None]] = field(default_factory=dict)
     written: set[int] = field(default_factory=set)
     engines: list[str] = field(default_factory=list)
+    can_pad: bool = True
 
     def note(self, signature: Signature, args: Sequence[Any], results: Sequence[Any]) -> None:
         for x, dim in zip(results, signature.output_dims, strict=True):
             if isinstance(x, torch.Tensor):
                 self.results[id(x)] = x, dim
+        self.can_pad &= not signature.unpaddable
         self.written.update(args[i].data_ptr() for i in signature.written)
 
 

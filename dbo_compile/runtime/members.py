@@ -9,10 +9,14 @@ from typing import Any
 import torch
 
 from dbo_compile.axes import Axis, CuSeqlens, MaxSeqlen, Requests, SeqLens
+from dbo_compile.config import nearest
 
 
 def opened(inputs: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The arguments, and beside them those of `names` that are members of one; a missing one is None."""
+    """The arguments, and beside them those of `names` that are members of one; of an argument that is None, None.
+
+    Raises `ValueError` if an argument has no such member.
+    """
     members = {name: _member(inputs.get(name.partition(".")[0]), name) for name in names if "." in name}
     return {**inputs, **members}
 
@@ -38,8 +42,15 @@ def without_requests(inputs: Mapping[str, Any], axes: Mapping[str, Axis]) -> dic
 
 
 def _member(held: Any, name: str) -> Any:
-    key = name.partition(".")[2]
-    return held.get(key) if isinstance(held, Mapping) else getattr(held, key, None)
+    arg, _, key = name.partition(".")
+    if held is None:
+        return None
+    if isinstance(held, Mapping) and key in held:
+        return held[key]
+    if not isinstance(held, Mapping) and hasattr(held, key):
+        return getattr(held, key)
+    known = [*map(str, held)] if isinstance(held, Mapping) else [n for n in dir(held) if not n.startswith("_")]
+    raise ValueError(f"token_dims has {name!r}, but {arg} has no {key!r}{nearest(key, known)} An optional one is None.")
 
 
 def _none(x: Any, axis: Axis) -> Any:
