@@ -3,19 +3,23 @@
 Our own small re-implementation of the mechanism (`vllm/v1/worker/ubatching.py`), as a baseline. Both threads launch on
 one compute stream and one comm stream, and only one of them runs at any time. Before an exchange a thread notes where
 its compute stands and hands over; when it is its turn again, it starts the exchange on the comm stream, hands over
-again, and then has its compute wait for the exchange. The parts between exchanges may be compiled. To capture, both
-threads run inside one capture.
+again, and then has its compute wait for the exchange. All that is one op, as in vLLM, so that the model may be compiled
+as one graph. To capture, both threads run inside one capture.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from typing import Any
 
 import torch
 
 from benchmarks.host_link import host_link
+
+_here = threading.local()
+"""In each of the two threads: `threads` that it is one of, and which (`index`)."""
 
 
 class TwoThreads:
@@ -28,14 +32,16 @@ class TwoThreads:
         self.comm = torch.cuda.Stream(device, priority=-1) if self.on_gpu else None
         self.turns = [threading.Event(), threading.Event()]
         self.over = [False, False]
-        self.me = threading.local()
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         compute = torch.cuda.current_stream(self.device) if self.on_gpu else None
         halves = list(zip(*(x.tensor_split(2) for x in inputs), strict=True))
         outs: list[Any] = [None, None]
         self.over = [False, False]
-        threads = [threading.Thread(target=self._run, args=(i, half, outs, compute)) for i, half in enumerate(halves)]
+        threads = [  # in a context of its own a thread would compile with PyTorch's default configuration
+            threading.Thread(target=copy_context().run, args=(self._run, i, half, outs, compute))
+            for i, half in enumerate(halves)
+        ]
         for thread in threads:
             thread.start()
         self.turns[0].set()
@@ -47,11 +53,11 @@ class TwoThreads:
         return torch.cat(outs)
 
     def _run(self, index: int, half: Sequence[torch.Tensor], outs: list[Any], compute: Any) -> None:
-        self.me.index = index
+        _here.threads, _here.index = self, index
         self._wait()
         try:
             with torch.no_grad(), torch.cuda.stream(compute):
-                outs[index] = self.model(*half, exchange=self.exchange)
+                outs[index] = self.model(*half, exchange=exchange_in_turn)
         except BaseException as error:
             outs[index] = error
         finally:
@@ -59,16 +65,15 @@ class TwoThreads:
             self.turns[1 - index].set()
 
     def _wait(self) -> None:
-        turn = self.turns[self.me.index]
+        turn = self.turns[_here.index]
         turn.wait()
         turn.clear()
 
     def _hand_over(self) -> None:
-        if not self.over[1 - self.me.index]:
-            self.turns[1 - self.me.index].set()
+        if not self.over[1 - _here.index]:
+            self.turns[1 - _here.index].set()
             self._wait()
 
-    @torch.compiler.disable
     def exchange(self, rows: torch.Tensor) -> torch.Tensor:
         if self.comm is None:
             self._hand_over()
@@ -87,3 +92,15 @@ class TwoThreads:
         compute.wait_event(arrived)
         out.record_stream(compute)
         return out
+
+
+@torch.library.custom_op("dbo_bench::exchange_in_turn", mutates_args=())
+def exchange_in_turn(rows: torch.Tensor) -> torch.Tensor:
+    """The exchange of the thread that calls it."""
+    threads: TwoThreads = _here.threads
+    return threads.exchange(rows)
+
+
+@exchange_in_turn.register_fake
+def _(rows: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(rows)
