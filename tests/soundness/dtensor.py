@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from tests.soundness.calls import Call
 from tests.soundness.views import View
 
-
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_copy.default)
 
