@@ -20,7 +20,7 @@ from tests.ranks import Ranks
 
 pytestmark = pytest.mark.ranks
 TOLERANCE = 1e-12  # float64, inner="eager"
-NUM_STEPS = int(os.environ.get("RANK_STEPS", "120"))
+NUM_STEPS = int(os.environ.get("RANK_STEPS", "60"))
 """`RANK_STEPS=500` has the many that a change of the engine must pass."""
 
 
