@@ -90,6 +90,9 @@ def token_tensors(
         return named
     if not found:
         raise NotSplit("none of its inputs is a tensor that could carry tokens")
+    if dims and found[0].tensor.shape[0] == 1:
+        names = ", ".join(t.name for t in found)
+        raise NotSplit(f"token_dims names none of its inputs ({names}), and in dim 0 they have a single token")
     return [t for t in found if t.tensor.shape[0] == found[0].tensor.shape[0]]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -151,6 +153,13 @@ def test_a_single_token_is_not_split_and_says_so():
     assert torch.equal(got, torch.ones(1, 4).exp())
     assert not report.split
     assert report.reason == "it has a single token"
+
+
+def test_token_dims_that_name_no_input_are_said_where_a_guess_finds_a_single_token():
+    """A model that takes `input_ids` in its `**kwargs` has another name for it where it is given by position."""
+    got, report = run(torch.exp, torch.ones(1, 4), options=ALWAYS | {"token_dims": {"input_ids": 1}})
+    assert torch.equal(got, torch.ones(1, 4).exp())
+    assert re.fullmatch(r"token_dims names none of its inputs \(\w+\), and .* a single token", report.reason)
 
 
 def test_a_size_that_the_model_fixes_is_not_split_and_says_so():
