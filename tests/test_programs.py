@@ -17,6 +17,7 @@ from dbo_compile.ir.program import End, Free, Record, Run, Wait
 from dbo_compile.ir.proof import verify_program
 from dbo_compile.ir.schedule import Lane
 from dbo_compile.ir.verify import verify_schedule
+from dbo_compile.passes.cut import Kind
 from dbo_compile.report import new_reports
 from dbo_compile.runtime.clock import simulate
 from tests.integrations.models import VOCAB, tiny_model
@@ -206,3 +207,19 @@ def test_code_that_is_played_once_is_compiled_for_all_rows():
     (report,) = new_reports(before)
     assert (report.calls, report.calls_split) == (4, 1)
     assert any("what is played once was not compiled for 16 tokens" in reason for reason in report.decline_counts)
+
+
+def test_nothing_reads_a_collective_before_it_is_waited_for(group):
+    """Traced for three rows these have strides that nobody can tell to be without gaps: 3 * (6 // 3)."""
+
+    def fn(x):
+        return funcol.all_to_all_single(x.T.reshape(-1, 6).sin(), None, None, group).cos()
+
+    before = reports()
+    compiled = torch.compile(fn, backend="dbo", options=ALWAYS | {"num_microbatches": 4, "token_dims": {"x": 0}})
+    with torch.no_grad():
+        for n in (11, 3):
+            x = torch.randn(n, 6)
+            torch.testing.assert_close(compiled(x), x.T.reshape(-1, 6).sin().cos())
+    sent = [c for r in new_reports(before) for c in r.levels.outline.codes.values() if c.kind is Kind.COMM]
+    assert {n.op for c in sent for n in c.module.graph.nodes} == {"placeholder", "call_method", "output"}

@@ -144,7 +144,9 @@ class Copier:
         return self.graph.create_node(node.op, node.target, args, kwargs, node.name)
 
     def result(self, node: fx.Node) -> fx.Node:
-        if g.is_symbolic_number(node) or not is_made_dense(node):
+        """What leaves the code. What a collective returns is still on its way, so nothing may read it here; it lies in
+        memory without gaps anyway, whatever its strides were traced to be."""
+        if self.lanes is not None or g.is_symbolic_number(node) or not is_made_dense(node):
             return self.new[node]
         return laid_out(self.graph, self.new[node], order_of(g.value(node)))
 

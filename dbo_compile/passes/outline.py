@@ -7,6 +7,7 @@ microbatch, every size and every layer of the same structure. Never changes the 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import fx
 
 from dbo_compile import graph as g
+from dbo_compile.errors import InvalidProgram
 from dbo_compile.ir.schedule import Lane, Segment
 from dbo_compile.ir.tokens import TOKENS, Placement, Split, TokenMap
 from dbo_compile.passes.analyze import CHECKS
@@ -114,6 +116,7 @@ class _CodeWriter:
         for node in self.nodes:
             copier.copy(node)
         graph.output(tuple(copier.result(n) for n in self.results))
+        _check_nothing_reads_what_is_on_its_way(graph)
         return graph
 
     def _collect(self, constants: frozenset[fx.Node]) -> None:
@@ -169,6 +172,17 @@ class _CodeWriter:
         while node not in self.tensors and (bases := g.viewed(node)):
             node = bases[0]
         return node
+
+
+def _check_nothing_reads_what_is_on_its_way(graph: fx.Graph) -> None:
+    """The proof orders codes; inside of one, nothing waits for a collective that it has started (but the next one)."""
+    pending: set[fx.Node] = set()
+    for node in graph.nodes:
+        reads = pending.intersection(node.all_input_nodes)
+        if node.target == "issue" or (reads and node.target is operator.getitem):
+            pending.add(node)
+        elif reads and node.op != "output":
+            raise InvalidProgram(f"{node} reads what was started here, before it is waited for:\n{graph}")
 
 
 def _common(val: Any) -> str:
