@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._sympy.functions import CeilToInt, FloorToInt, IntTrueDiv, TruncToInt
 
+from dbo_compile import compat, reports
 from dbo_compile import graph as g
-from dbo_compile import reports
+from dbo_compile.ir.tokens import TOKENS
 
 ALWAYS = {"split": "always", "inner": "eager", "token_dims": {"x": 0}}
 aten = torch.ops.aten
@@ -186,3 +188,19 @@ def test_an_op_on_the_host_is_told_from_a_copy_to_it():
     copy, sin = g.body(graph)
     assert [g.copies_to_host(n) for n in (copy, sin)] == [True, False]
     assert [g.is_on_host(n) for n in (*g.inputs(graph), copy, sin)] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("expr", "want"),
+    [
+        (TruncToInt(IntTrueDiv(TOKENS, 3) * 1.7), {7: 3, 9: 5}),
+        (FloorToInt(IntTrueDiv(TOKENS, 2) - 4), {7: -1, 9: 0}),
+        (CeilToInt(IntTrueDiv(TOKENS, 2) - 4), {7: 0, 9: 1}),
+    ],
+)
+def test_a_size_may_be_a_quotient_in_a_graph_under_construction_too(expr, want):
+    graph = fx.Graph()
+    proxy = fx.Proxy(graph.placeholder("tokens"), fx.proxy.GraphAppendingTracer(graph))
+    graph.output(compat.evaluate(expr, {TOKENS: proxy}).node)
+    module = fx.GraphModule({}, graph)
+    assert {n: module(n) for n in want} == {n: compat.evaluate(expr, {TOKENS: n}) for n in want} == want

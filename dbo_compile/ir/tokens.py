@@ -80,6 +80,8 @@ class Given:
 
 
 Placement = Split | Local | Count | Shared | Given
+Places = Mapping[fx.Node, Placement | tuple[Placement, ...]]
+"""The placement of each value; a tuple for an op with several results."""
 
 REQUESTS = "requests"
 """The order of the requests of a microbatch: what lengths, bounds and block tables are in."""
@@ -176,7 +178,7 @@ class TokenMap:
     the rows of all.
     """
 
-    places: Mapping[fx.Node, Placement | tuple[Placement, ...]]
+    places: Places
     barriers: Mapping[fx.Node, str]
     obligations: Mapping[fx.Node, str]
     localised: Mapping[fx.Node, None]

@@ -11,12 +11,11 @@ from torch import fx
 
 from dbo_compile import graph as g
 from dbo_compile.errors import CannotSplit
-from dbo_compile.ir.tokens import Placement, Split
+from dbo_compile.ir.tokens import Places, Split
 from dbo_compile.passes.blocks import FLEX, attend_in_blocks
 from dbo_compile.passes.layout import laid_out, order_of
 
 aten = torch.ops.aten
-Places = Mapping[fx.Node, Placement | tuple[Placement, ...]]
 
 ALIGNED_RIGHT = frozenset({aten._scaled_dot_product_flash_attention.default})
 """Ops whose causal mask lets the last query see the last key already; that of all others begins at the upper left."""

@@ -7,17 +7,15 @@ a mask that an input holds, or that is made of positions that an input holds, no
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from dbo_compile import graph as g
-from dbo_compile.ir.tokens import Placement, Split
+from dbo_compile.ir.tokens import Places, Split
 
 aten = torch.ops.aten
-Places = Mapping[fx.Node, Placement | tuple[Placement, ...]]
 
 QUERIES, KEYS = -2, -1
 """The dims of a mask."""
