@@ -193,7 +193,7 @@ def test_an_op_on_the_host_is_told_from_a_copy_to_it():
 @pytest.mark.parametrize(
     ("expr", "want"),
     [
-        (TruncToInt(IntTrueDiv(TOKENS, 3) * 1.7), {7: 3, 9: 5}),
+        (TruncToInt(IntTrueDiv(TOKENS, 3) * 1.7), {8: 4, 9: 5}),
         (FloorToInt(IntTrueDiv(TOKENS, 2) - 4), {7: -1, 9: 0}),
         (CeilToInt(IntTrueDiv(TOKENS, 2) - 4), {7: 0, 9: 1}),
     ],
