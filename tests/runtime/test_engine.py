@@ -110,6 +110,12 @@ def test_what_is_played_once_needs_all_rows_of_a_step_and_no_microbatch():
     assert Guards([], [LENGTH], once=[multiple_of(LENGTH)]).know_others
 
 
+def test_nothing_is_joined_where_code_was_not_compiled_for_all_rows():
+    """A refined program plays some code of a microbatch once, on all rows; these ones could not even be timed so."""
+    found = engine(sympy.Lt(TOKENS, 6), split="auto")
+    assert [found(torch.ones(9, 2)) for _ in range(30)] == [((5, 4),)] * 30
+
+
 def test_a_split_point_is_looked_for_as_far_as_said():
     assert rows(3 * MOST_SHIFT, multiple_of(MOST_SHIFT)) == (MOST_SHIFT, 2 * MOST_SHIFT)
 
