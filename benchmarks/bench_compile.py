@@ -4,7 +4,8 @@
 
 Qwen3-MoE with expert parallelism (exact splits) over a group of one rank: the graph is that of any number of ranks, and
 no other rank's compilation is waited for. Each figure is of a process of its own with empty caches: the first call
-less the third. How long our own passes take up to 50,000 nodes is `bench_levels`.
+less the third. Where its seconds go is what PyTorch counts itself, and for our passes what the call of them took. How
+long these take up to 50,000 nodes is `bench_levels`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import compilation_time_metrics
 
+from benchmarks.bench_levels import clocked
 from benchmarks.bench_link import CONFIG, SMALL, make_model
 from benchmarks.results import Table, options, publish
-from dbo_compile import compat, reports
+from dbo_compile import backend, compat, compilation, reports
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "Inductor": {"backend": "inductor"},
@@ -31,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 AUTO_TRIALS = 60
 """Calls after which dbo has decided, as in `bench_sizes`."""
+PARTS = "Dynamo", "AOTAutograd", "our passes", "Inductor"
 
 
 def main() -> None:
@@ -49,7 +53,8 @@ def main() -> None:
         "compiled once. `dbo, auto`: until the trials are over; they compile the whole graph with Inductor as well, as "
         "one of the ways to play it."
     )
-    publish("compile", "Compile cost", [seconds(found), growth(found)], about=about, write=args.write)
+    tables = [seconds(found), growth(found), parts(found)]
+    publish("compile", "Compile cost", tables, about=about, write=args.write)
 
 
 Found = dict[int, dict[str, dict[str, float]]]
@@ -71,6 +76,20 @@ def growth(found: Found) -> Table:
     return Table(("layers", *VARIANTS), rows, title=f"In units of {few} layers")
 
 
+def parts(found: Found) -> Table:
+    """Where the seconds of the first call go; after it, auto compiles the whole graph with Inductor, too."""
+    rows = [
+        (n, variant, *(f"{each[variant][part]:.1f}" for part in PARTS))
+        for n, each in found.items()
+        for variant in ("Inductor", "dbo")
+    ]
+    note = (
+        "Dynamo traces twice for dbo: the first time it does not know yet which dim counts tokens (`mark_dynamic` or "
+        "the decorator say so beforehand). AOTAutograd is what is left: it runs the graph twice on fake tensors."
+    )
+    return Table(("layers", "first call", *PARTS), rows, title="Where it goes", note=note)
+
+
 def in_fresh_process(variant: str, num_layers: int, *, small: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as cache:
         one = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
@@ -88,12 +107,26 @@ def first_call(variant: str, num_layers: int, *, small: bool) -> dict[str, float
     config = (SMALL if small else CONFIG) | {"num_hidden_layers": num_layers}
     compiled = torch.compile(make_model(config), fullgraph=True, **VARIANTS[variant])
     ids = torch.zeros(6, 32, dtype=torch.long)
+    ours = {"all": 0.0, "codes": 0.0}
+    backend.compile_graph = clocked(backend.compile_graph, "all", ours)
+    compilation.inner.compile_codes = clocked(compilation.inner.compile_codes, "codes", ours)
     with torch.no_grad(), compat.host_reads_in_graph():
-        took = [timed(compiled, ids) for _ in range(AUTO_TRIALS if "auto" in variant else 3)]
+        took = [timed(compiled, ids)]
+        went = where_it_went(ours["all"] - ours["codes"])
+        took += [timed(compiled, ids) for _ in range(AUTO_TRIALS - 1 if "auto" in variant else 2)]
     report = reports()[-1] if reports() else None
     segments, codes = (report.num_segments, report.num_unique_segments) if report else (0, 0)
     compiling = sum(t - took[-1] for t in took)
-    return {"seconds": compiling, "segments": segments, "codes": codes}
+    return {"seconds": compiling, "segments": segments, "codes": codes, **went}
+
+
+def where_it_went(our_passes: float) -> dict[str, float]:
+    """The seconds of each of `PARTS` so far, by PyTorch's own clocks."""
+    spent = {name: sum(seconds) for name, seconds in compilation_time_metrics.items()}
+    in_backend = spent["OutputGraph.call_user_compiler"]
+    inductor = spent["compile_fx.<locals>.fw_compiler_base"]
+    dynamo = spent["_compile.compile_inner"] - in_backend
+    return dict(zip(PARTS, (dynamo, in_backend - our_passes - inductor, our_passes, inductor), strict=True))
 
 
 def timed(compiled: Any, ids: torch.Tensor) -> float:

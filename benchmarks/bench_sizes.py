@@ -5,17 +5,17 @@
 
 Model and link are those of `bench_link`. Every call is of `size` sequences of one token, so that each number of tokens
 can be had. The first calls of each size are dbo's trials and are not timed; both variants are compiled with a symbolic
-number of tokens. Without root both ranks talk over loopback, whose rate is what it is.
+number of tokens. Inductor is measured twice, so that one sees which ratios are noise. Without root both ranks
+talk over loopback, whose rate is what it is.
 
 `--every` takes every size from 1 to 512, on the small model; sizes that are decided together are tried once.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,15 +27,17 @@ from benchmarks.link import agreed, joined, set_rate, start_ranks, why_no_link
 from benchmarks.results import Table, alternating, options, publish
 from dbo_compile import compat, reports
 from dbo_compile.runtime.padding import coarse
-from dbo_compile.runtime.tune import Size
+from dbo_compile.runtime.tune import Decision, Size
 
 SIZES = tuple(2**i for i in range(13))
 TYPICAL_SIZE = 512
 """The size for which a ratio of communication to compute is meant; smaller sizes have their own."""
-TRIALS = 60
+MOST_TRIALS = 60
 """Calls after which dbo has decided: twelve of each of four ways at most, eight to measure costs, the gate."""
 WARM_UP = 3
-"""Calls of a size for which dbo has decided: sizes that are padded alike are one to it."""
+"""Calls of a size for which dbo has decided, before it is measured."""
+LARGE, FEW_REPEATS = 1024, 9
+"""From so many tokens on, steps take so long that they vary little."""
 REFERENCE_MBIT = 1000.0
 
 
@@ -68,32 +70,37 @@ ABOUT = (
     "`inductor`, both variants run the same code, and what is left of the ratio is the agreement of the ranks on each "
     "step, the un-padding, and noise."
 )
-Row = tuple[str, int, str, str, float, str]
+Row = tuple[str, int, str, str, float, float, str]
 
 
 TITLES = {False: "Never slower", True: "Never slower, every size"}
-COLUMNS = ("link", "tokens", "Inductor ms", "dbo ms", "dbo / Inductor", "chosen (trials)")
+RATIO, AGAIN = 4, 5
+COLUMNS = ("link", "tokens", "Inductor ms", "dbo ms", "dbo / Inductor", "Inductor again", "chosen (trials)")
 
 
 def summary(rows: Sequence[Row]) -> Table:
-    ratios = [row[4] for row in rows]
-    worst = max(rows, key=lambda row: row[4])
-    found = (f"{worst[4]:.3f}", f"{worst[1]} tokens, {worst[0]}", f"{statistics.median(ratios):.3f}", len(rows))
-    return Table(("worst ratio", "where", "median ratio", "cases"), [found], title="Worst and median")
+    found = []
+    for name, column in (("dbo", RATIO), ("Inductor again", AGAIN)):
+        _, low, half, high, worst = quantiles([row[column] for row in rows])
+        where = max(rows, key=lambda row: row[column])
+        quarters = (f"{q:.3f}" for q in (low, half, high, worst))
+        found.append((name, len(rows), *quarters, f"{where[1]} tokens, {where[0]}"))
+    columns = ("to Inductor", "cases", "5 %", "half", "95 %", "worst", "where")
+    return Table(columns, found, title="Worst and median")
 
 
 def each(rows: Sequence[Row], title: str = "Each size") -> Table:
-    return Table(COLUMNS, [(*row[:4], f"{row[4]:.3f}", row[5]) for row in rows], title=title)
+    return Table(COLUMNS, [(*row[:4], *(f"{r:.3f}" for r in row[RATIO:-1]), row[-1]) for row in rows], title=title)
 
 
 def most(rows: Sequence[Row]) -> list[Table]:
     """By what was chosen, how the ratios are spread; and the worst ones."""
     by_choice: dict[str, list[float]] = defaultdict(list)
     for row in rows:
-        by_choice[row[5].partition(" (")[0]].append(row[4])
+        by_choice[row[-1].partition(" (")[0]].append(row[RATIO])
     spread = [(choice, len(found), *(f"{q:.3f}" for q in quantiles(found))) for choice, found in by_choice.items()]
     columns = ("played", "sizes", "least", "5 %", "half", "95 %", "most")
-    worst = sorted(rows, key=lambda row: -row[4])[:10]
+    worst = sorted(rows, key=lambda row: -row[RATIO])[:10]
     return [Table(columns, spread, title="dbo / Inductor by what is played"), each(worst, "The ten worst")]
 
 
@@ -129,23 +136,36 @@ def measured(config: dict[str, Any], sizes: Sequence[int], link: str, repeats: i
         "Inductor": torch.compile(model, fullgraph=True, dynamic=True),
         "dbo": torch.compile(model, backend="dbo", fullgraph=True),
     }
-    tried: set[int] = set()
     for size in sorted(sizes, reverse=True):
         ids = tokens(config, size)
-        for fn in variants.values():
-            for _ in range(WARM_UP if coarse(size) in tried else TRIALS):
-                fn(ids)
-        tried.add(coarse(size))
-        took = alternating({name: partial(fn, ids) for name, fn in variants.items()}, repeats, before=dist.barrier)
-        both = took["Inductor"], took["dbo"]
-        ratio = agreed(both[1].median) / agreed(both[0].median)
-        yield link, size, both[0].ms(2), both[1].ms(2), ratio, chosen(size)
+        calls = {name: partial(fn, ids) for name, fn in variants.items()}
+        decide(calls["dbo"], size)
+        for _ in range(WARM_UP):
+            for call in calls.values():
+                call()
+        calls["again"] = calls["Inductor"]
+        took = alternating(calls, min(repeats, FEW_REPEATS) if size >= LARGE else repeats, before=dist.barrier)
+        inductor, dbo, again = (agreed(took[name].median) for name in calls)
+        shown = took["Inductor"].ms(2), took["dbo"].ms(2)
+        yield link, size, *shown, dbo / inductor, again / inductor, chosen(size)
+
+
+def decide(call: Callable[[], Any], size: int) -> None:
+    """Have dbo try a size until it has decided; one that it never splits it never decides."""
+    for _ in range(MOST_TRIALS):
+        call()
+        if decision(size):
+            return
+
+
+def decision(size: int) -> Decision | None:
+    """The decision for a size of one token a sequence; sizes that are padded alike have the same."""
+    return reports()[-1].decisions.get(Size(coarse(size), coarse(size)))
 
 
 def chosen(size: int) -> str:
-    """The decision for a size of one token a sequence, with its trials."""
-    decision = reports()[-1].decisions.get(Size(coarse(size), coarse(size)))
-    return str(decision) if decision else "not split: " + (reports()[-1].reason or "see decline_counts")
+    found = decision(size)
+    return str(found) if found else "not split: " + (reports()[-1].reason or "see decline_counts")
 
 
 def tokens(config: dict[str, Any], size: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import fx
 
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 WAIT = torch.ops._c10d_functional.wait_tensor.default
 
 
@@ -49,7 +50,7 @@ def function(node: fx.Node) -> fx.Graph | None:
 
 
 def is_symbolic_number(node: fx.Node) -> bool:
-    return isinstance(value(node), torch.SymInt | torch.SymFloat | torch.SymBool)
+    return isinstance(value(node), SYMBOLIC)
 
 
 def symbol_inputs(graph: fx.Graph) -> dict[sympy.Symbol, int]:
@@ -96,9 +97,9 @@ def is_vouched_for(node: fx.Node) -> bool:
 def symbols_of(val: Any) -> set[sympy.Symbol]:
     """The symbols in a number, or in the sizes and strides of a tensor."""
     if isinstance(val, torch.Tensor):
-        return {s for d in (*val.shape, *val.stride()) for s in expression(d).free_symbols}
-    is_number = isinstance(val, torch.SymInt | torch.SymFloat | torch.SymBool)
-    return set(expression(val).free_symbols) if is_number else set()
+        sizes = [d for d in (*val.shape, *val.stride()) if not isinstance(d, int)]
+        return {s for d in sizes for s in expression(d).free_symbols}
+    return set(expression(val).free_symbols) if isinstance(val, SYMBOLIC) else set()
 
 
 def map_nodes(args: Any, fn: Callable[[fx.Node], Any]) -> Any:
@@ -124,6 +125,8 @@ def has_tag(node: fx.Node, tag: torch.Tag) -> bool:
 
 def written(node: fx.Node) -> tuple[fx.Node, ...]:
     """The arguments that an op changes in place, by its schema."""
+    if not _writes(node.target):  # so it is for most ops, and this is asked of every node many times
+        return ()
     return tuple([arg for arg, info in _schema_args(node) if info.is_write])
 
 
@@ -207,7 +210,7 @@ def _hint(size: int | torch.SymInt) -> int:
 def _schema_args(node: fx.Node) -> list[tuple[fx.Node, Any]]:
     """The nodes among the arguments whose memory the op says something about, and what it says."""
     aliased = _aliased_args(node.target)
-    if not aliased:  # so it is for most ops, and this is asked of every node many times
+    if not aliased:
         return []
     args = [*enumerate(node.args), *node.kwargs.items()]
     leaves = [(leaf, aliased[name]) for name, arg in args if name in aliased for leaf in flat(arg)]
@@ -219,6 +222,11 @@ def _returns_new(target: Any) -> bool:
     """Whether nothing that an op returns is an argument that it has written in place (attention that fills a cache)."""
     schema = getattr(target, "_schema", None)
     return schema is not None and all(made.alias_info is None for made in schema.returns)
+
+
+@cache
+def _writes(target: Any) -> bool:
+    return any(info.is_write for info in _aliased_args(target).values())
 
 
 @cache

@@ -92,6 +92,8 @@ class CostModel:
         return prod(map(self._size, tensor.shape))
 
     def _size(self, size: Any) -> int:
+        if isinstance(size, int):
+            return size
         expr = g.expression(size)
         unknown = dict.fromkeys(expr.free_symbols - self.expected.keys(), sympy.Integer(NUM_ROWS))
         return int(expr.xreplace({**self.expected, **unknown}))
