@@ -1,6 +1,6 @@
 """Overlap on a real link: Qwen3-MoE with expert parallelism on two ranks, joined by a link of a given rate.
 
-    python -m benchmarks.bench_link [--ratios 0.25 0.5 1 2 4] [--tokens 512] [--quick] [--write]
+    python -m benchmarks.bench_link [--ratios 0.25 0.5 1 2 4] [--tokens 512] [--quick | --wide] [--write]
 
 Each rank runs in a network namespace of its own, with one thread; `link.sh` joins them by a veth pair that a token
 bucket shapes; that needs root. Rates are chosen so that communication alone takes so many times what computing alone
@@ -10,6 +10,9 @@ the same logits. See `baselines` for what users would pick instead.
 One gloo all-to-all alone may fill only half of a TCP link (both directions share what one collective does in turn), and
 two in flight fill it: so `Inductor, halves` sends every exchange as two concurrent halves of the columns, which is what
 somebody would do who tunes the unsplit model.
+
+`--wide` takes layers of a size that is served. They compute more for each byte that they send, so a link that is as
+slow beside them takes less of the cores that it shares with the ranks.
 """
 
 from __future__ import annotations
@@ -48,13 +51,24 @@ CONFIG: dict[str, Any] = {
     "use_cache": False,
 }
 SMALL = CONFIG | {"vocab_size": 128, "hidden_size": 128, "num_hidden_layers": 2, "moe_intermediate_size": 128}
+WIDE = CONFIG | {
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "head_dim": 128,
+    "num_experts": 32,
+    "num_experts_per_tok": 8,
+}
+"""Layers of Qwen3-30B-A3B as published, but for 32 experts instead of 128."""
 Variants = dict[str, Callable[[torch.Tensor], Any]]
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0, 4.0])
-    parser.add_argument("--tokens", type=int, default=512, help="tokens a rank and step")
+    parser.add_argument("--tokens", type=int, help="tokens a rank and step; 512, or 256 of wide layers")
+    parser.add_argument("--wide", action="store_true", help="two layers as wide as those of Qwen3-30B-A3B")
     parser.add_argument("--rank", type=int, help="of this process; set by the benchmark itself")
     args = parser.parse_args()
     if args.rank is None:
@@ -62,11 +76,14 @@ def main() -> None:
             print(f"skipped: {why}")
             return
         sys.exit(start_ranks("benchmarks.bench_link", sys.argv[1:], link=True))
-    config, tokens = (SMALL, 128) if args.quick else (CONFIG, args.tokens)
+    config, tokens, repeats = (SMALL, 128, 3) if args.quick else (WIDE, 256, 9) if args.wide else (CONFIG, 512, 15)
+    tokens = args.tokens or tokens
     with joined(args.rank), torch.no_grad(), compat.host_reads_in_graph():
-        tables = measured(config, tokens, args.ratios, repeats=3 if args.quick else 15)
+        tables = measured(config, tokens, args.ratios, repeats)
         if args.rank == 0:
-            publish("link", "Overlap on a real link", tables, about=about(config, tokens), write=args.write)
+            name, title = ("link-wide", ", wide layers") if args.wide else ("link", "")
+            title = f"Overlap on a real link{title}"
+            publish(name, title, tables, about=about(config, tokens), write=args.write, by="link")
 
 
 def about(config: dict[str, Any], num_tokens: int) -> str:

@@ -71,7 +71,8 @@ def token_tensors(
     gm: fx.GraphModule, example_inputs: Sequence[Any], token_dims: Mapping[str, int | Axis] | None
 ) -> list[TokenTensor]:
     """The arguments that carry tokens: those that `token_dims` names; if it names none of this graph's, every tensor
-    that is no weight and whose dim 0 is as long as the first one's. Raises `NotSplit` if there are none.
+    that is no weight and whose dim 0 is as long as the first one's, which is one that the caller passes if there is
+    any. Raises `NotSplit` if there are none.
 
     A wrong guess costs time, never a wrong answer: placing values is sound for whatever is sliced.
     """
@@ -90,10 +91,11 @@ def token_tensors(
         return named
     if not found:
         raise NotSplit("none of its inputs is a tensor that could carry tokens")
-    if dims and found[0].tensor.shape[0] == 1:
+    first = min(found, key=lambda t: compat.is_closed_over(t.placeholder))
+    if dims and first.tensor.shape[0] == 1:
         names = ", ".join(t.name for t in found)
         raise NotSplit(f"token_dims names none of its inputs ({names}), and in dim 0 they have a single token")
-    return [t for t in found if t.tensor.shape[0] == found[0].tensor.shape[0]]
+    return [t for t in found if t.tensor.shape[0] == first.tensor.shape[0]]
 
 
 def request_tensors(

@@ -18,7 +18,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.source import ConstantSource
+from torch._dynamo.source import ConstantSource, GlobalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._functorch.aot_autograd import aot_module_simplified
@@ -57,6 +57,12 @@ def is_parameter(placeholder: fx.Node, tensor: torch.Tensor) -> bool:
     """
     owned = any(part in source_name(placeholder) for part in ("._parameters[", "._buffers["))
     return isinstance(tensor, torch.nn.Parameter) or owned
+
+
+def is_closed_over(placeholder: fx.Node) -> bool:
+    """Whether an input of a Dynamo graph is a global, or a variable of a function around the compiled one."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return isinstance(source, GlobalSource) or getattr(source, "is_derefed_cell_contents", False)
 
 
 def source_name(placeholder: fx.Node) -> str:

@@ -59,7 +59,7 @@ class Config:
         None,
         either(NONE, named("their token dims", is_axis)),
         "The inputs that carry tokens, and their token dims; what others tell of requests, as `CuSeqlens()` and its "
-        "like. None: every input that is no parameter and whose dim 0 is as long as that of the first one.",
+        "like. None: every input that is no parameter and whose dim 0 is as long as that of the first one passed.",
     )
     pad_to: tuple[int, ...] | Literal["auto"] | None = _option(
         None,

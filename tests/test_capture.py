@@ -248,6 +248,18 @@ def test_numbers_and_constants_are_returned_through_inductor():
     assert calls_of(check(fn, *rows(9, 4), options=INDUCTOR)) == [(2, 2)]
 
 
+@pytest.mark.parametrize("options", [ALWAYS, INDUCTOR])
+def test_weights_may_be_taken_apart(options):
+    weight = torch.randn(6, 5, dtype=torch.float64)
+
+    def fn(x):
+        gate, up = weight.chunk(2)
+        total = (x @ up.t()).sum()  # a barrier: what comes after it is another segment
+        return (x @ gate.t()) * total @ up, weight.split(4)[1]
+
+    assert calls_of(check(fn, *rows(9, 4, 12), options=options)) == [(3, 3)]
+
+
 def test_a_result_that_is_a_view_of_the_input_can_be_written_through():
     def fn(x):
         return x.t(), x[:, 2:4], x[2:], x.view(-1), x

@@ -123,8 +123,10 @@ class _Cutter:
     def _is_constant(self, node: fx.Node) -> bool:
         """Whether a node costs nothing: a view of a weight, a constant tensor. Made again wherever it is used, it
         leaves layers that differ only in which weight they read the same code."""
-        if _is_result(node):
+        if _is_result(node) or any(u.target is operator.getitem and _is_result(u) for u in node.users):
             return False
+        if node.target is operator.getitem:
+            return node.args[0] in self.constants
         if node.op == "get_attr":
             return True
         is_once = draws_random_numbers(node) or node in self.tokens.barriers

@@ -22,8 +22,8 @@ def emit(program: Program, fns: Mapping[str, Callable[..., Any]], results: Seque
     """The program as a module whose `forward(lanes, *args)` returns a tuple.
 
     `fns` has what to call for each code; `results` is what the caller gets: the values that the program ends with, by
-    name and in their order, and constants. `steps` of the
-    module tells which step a call of a segment plays, by the name of its node.
+    name and in their order, and constants. `steps` of the module tells which step a call of a segment plays, by the
+    name of its node.
     """
     emitter = _Emitter(program)
     for instr in program.instrs:

@@ -106,6 +106,25 @@ def test_a_view_of_a_weight_is_made_again_in_every_group_that_reads_it():
     assert not {n.name for x in made.groups for n in x.nodes} & {*names}
 
 
+def test_parts_of_a_weight_are_made_again_too_unless_they_are_returned():
+    def fn(x, w):
+        left, right = w.split(3, 1)
+        return exchange(x @ left) @ right
+
+    def returned(x, w):
+        return fn(x, w), w.split(2)[1]
+
+    graph = traced(fn, (7, 3), (3, 6))
+    made = cut(graph, token_map(graph, shared=["split", "getitem", "getitem_1"]))
+    assert sorted(n.name for n in made.constants) == ["getitem", "getitem_1", "split"]
+
+    graph = traced(returned, (7, 3), (3, 6))
+    shared = [n.name for n in g.body(graph) if n.name.startswith(("split", "getitem"))]
+    made = cut(graph, token_map(graph, shared=shared))
+    assert sorted(n.name for n in made.constants) == ["getitem", "getitem_1", "split"]
+    assert [n.name for n in made.groups[0].nodes] == ["split_1", "getitem_2", "getitem_3"]
+
+
 def test_a_view_of_a_weight_that_is_written_is_no_constant():
     def fn(x, w):
         view = w.t()
