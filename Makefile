@@ -20,7 +20,7 @@ help:
 	@echo "make demo    what the backend does to a small model, step by step"
 	@echo "make serve-demo    a serving loop on two ranks, requests coming and going on each"
 	@echo "make test    the test suite"
-	@echo "make soundness  the rules against brute force on all of PyTorch's samples, the same samples compiled, long fuzzing"
+	@echo "make soundness  the rules against brute force on PyTorch's samples, these compiled, long fuzzing, many models"
 	@echo "make check   lint, types, layers, and the documentation as a site in build/site"
 	@echo "make bench   every benchmark that runs on a CPU"
 	@echo "make soak    two ranks, 10,000 steps of random sizes: nothing leaks, hangs or differs"
@@ -36,10 +36,12 @@ serve-demo: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu" --durations=10 $(PYTEST_ARGS)
 
-# About an hour on two cores; writes docs/results/soundness.md. SOUNDNESS_SEED=N repeats the random part of another run.
+# Some 100 minutes on two cores; writes soundness.md and architectures.md in docs/results.
+# SOUNDNESS_SEED=N repeats the random part of another run.
 soundness: export SOUNDNESS_OP_DB := all
 soundness: export SOUNDNESS_EXAMPLES := 1000
 soundness: export SOUNDNESS_ROUTES := 20000
+soundness: export SOUNDNESS_ARCHITECTURES := all
 soundness: $(STAMP)
 	@seed=$${SOUNDNESS_SEED:-$$(date +%s)}; echo "SOUNDNESS_SEED=$$seed"; \
 	    SOUNDNESS_SEED=$$seed $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/soundness $(PYTEST_ARGS)
