@@ -109,9 +109,9 @@ REPORT = """\
 transformers {transformers}, Python {python}. `make soundness` does it for all of them.
 
 Every causal language model of transformers with random weights, so small that it can be traced here, one layer of each
-kind, experts by `grouped_mm`; `split="always"`, no mask, numbers read on the host kept in the graph (as `fullgraph=True`
-does), batches of 5, 2 and 8 prompts. Logits are compared with eager on all rows, in float64: what is not about 1e-16
-routes, or turns positions, in float32, where a product of fewer rows rounds differently.
+kind, experts by `grouped_mm`; `split="always"`, no mask, numbers read on the host kept in the graph (as
+`fullgraph=True` does), batches of 5, 2 and 8 prompts. Logits are compared with eager on all rows, in float64: what is
+not about 1e-16 routes, or turns positions, in float32, where a product of fewer rows rounds differently.
 
 {whole} of {tried} are split whole, {barriers} with barriers alone, {partly} in part (models that break their graph),
 {never} not at all. {untried} could not be tried.
