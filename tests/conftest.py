@@ -10,6 +10,7 @@ import torch.distributed as dist
 from hypothesis import settings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process, and each rank, starts its own pool
 torch.manual_seed(0)  # for cases made at import: every process that collects the tests must find the same
 settings.register_profile("ci", derandomize=True)  # the same examples in every run: a change is judged by what it does
 if "CI" in os.environ:
