@@ -43,13 +43,13 @@ class CannotBuild(Exception):
 
 def small_model(name: str, *, experts: str) -> PreTrainedModel:
     """In float64, ready to be called with `prompts`; the same weights on every call."""
-    default = AutoConfig.for_model(name)
     reasons = []
     for left_out in WITHOUT:
         try:
-            return _made(AutoConfig.for_model(name, **_sizes(default, left_out)), experts)
+            sizes = _sizes(AutoConfig.for_model(name), left_out)
+            return _made(AutoConfig.for_model(name, **sizes), experts)
         except Exception as error:
-            reasons.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
     raise CannotBuild(reasons[0])
 
 
