@@ -1,7 +1,8 @@
 """Ops that move, cut or join dims. Rows of tokens survive where their dim keeps its place in memory order.
 
 A size that counts tokens is computed again for each microbatch, so it may stand for the token dim and nothing else.
-`Local` rows keep their order as long as they stay dim 0, whole.
+`Local` rows keep their order as long as they stay dim 0, whole. Dims outside of the token dim that are merged with it
+leave blocks of tokens, which is such an order, until a view takes them apart again.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ def moved(x: Value, source: Sequence[int | None]) -> Split | Local:
 
 def unordered(place: Local) -> Local:
     return Local(position=place.position)
+
+
+def blocks(number: sympy.Expr | int) -> Local:
+    """Rows in blocks one after the other, each with all tokens in their order: of a copy, or of a dim outside."""
+    return Local(order=f"{number} blocks of all tokens")
 
 
 # ---- The same elements under other sizes
@@ -77,15 +83,28 @@ def _resized(x: Value, shape: Sequence[sympy.Expr]) -> Placement:
     """The token dim is the one with as many elements before it as before, and tokens outermost in it."""
     sizes = _inferred(x, shape)
     if isinstance(x.place, Local):
-        return x.place if x.ndim and sizes and sizes[0] == sympy.expand(x.sizes[0]) else unordered(x.place)
+        if x.ndim and sizes and sizes[0] == sympy.expand(x.sizes[0]):
+            return x.place
+        return _of_blocks(x, sizes) or unordered(x.place)
     old = carried(x)
-    before = math.prod(x.sizes[:old])
+    before = math.prod(x.sizes[:old], start=ONE)
+    if before.is_Integer and before > 1 and not x.is_position and sizes and _equal(sizes[0], before * x.sizes[old]):
+        return blocks(before)
     dims = [d for d, size in enumerate(sizes) if rows_per_token(size) and _equal(math.prod(sizes[:d]), before)]
     if not dims:
         raise CannotSplit(f"the view {list(x.sizes)} -> {sizes} merges or cuts the token dim {old}")
     if any(size.has(TOKENS) for d, size in enumerate(sizes) if d != dims[0]):
         raise CannotSplit(SIZED_BY_TOKENS)
     return Split(dims[0], position=x.is_position and sizes[dims[0]] == sympy.expand(x.sizes[old]))
+
+
+def _of_blocks(x: Value, sizes: Sequence[sympy.Expr]) -> Split | None:
+    """Where the tokens are if blocks of them become dims outside; None if these rows are no blocks, or do not."""
+    for dim, size in enumerate(sizes):
+        outside = math.prod(sizes[:dim], start=ONE)
+        if x.place == blocks(outside) and _equal(outside * size, x.sizes[0]):
+            return Split(dim)
+    return None
 
 
 def _equal(a: sympy.Expr, b: sympy.Expr) -> bool:
@@ -126,6 +145,8 @@ def repeat(x: Value, repeats: Sequence[Size]) -> Placement:
             raise CannotSplit(SIZED_BY_TOKENS)
         return sized(repeats)
     if x.dim + new in grown:
+        if grown == [0] and isinstance(repeats[0], int) and not x.is_position:
+            return blocks(repeats[0])
         raise CannotSplit(f"it repeats the token dim {x.dim} as a whole")
     if any(map(is_own, repeats)):
         raise CannotSplit(SIZED_BY_TOKENS)

@@ -17,6 +17,7 @@ aten = torch.ops.aten
 S, U = (sympy.Symbol(name, integer=True, positive=True) for name in "su")
 OWN = Number(U, Local(position=True))
 ROWS = local(3 * T, 8, order="sort")
+BLOCKS = Local("3 blocks of all tokens")
 PERM = local(3 * T, order="sort", position=True, inverse=True)
 
 
@@ -44,6 +45,13 @@ PERM = local(3 * T, order="sort", position=True, inverse=True)
         (lambda: ask(aten.expand.default, shared(1, 8), [OWN, 8]), Local()),
         (lambda: ask(aten.expand.default, local(3 * T, 1, order="sort"), [-1, 8]), Local("sort")),
         (lambda: ask(aten.expand.default, local(1, 8, order="sort"), [6, 8]), Local()),
+        (lambda: ask(aten.view.default, tokens(3, T, 8), [count(3 * T), 8]), BLOCKS),
+        (lambda: ask(aten.view.default, tokens(1, 3, 5 * T), [-1]), BLOCKS),
+        (lambda: ask(aten.view.default, local(3 * T, 8, order=BLOCKS.order), [3, count(T), 8]), Split(1)),
+        (lambda: ask(aten.view.default, local(15 * T, 8, order=BLOCKS.order), [1, 3, -1, 5, 8]), Local()),
+        (lambda: ask(aten.view.default, local(15 * T, 8, order=BLOCKS.order), [1, 3, -1, 8]), Split(2)),
+        (lambda: ask(aten.view.default, local(6 * T, order=BLOCKS.order), [2, -1]), Local()),
+        (lambda: ask(aten.repeat.default, tokens(5 * T, 8), [3, 1]), BLOCKS),
         (lambda: ask(aten.repeat.default, tokens(3, T), [2, 5, 1]), Split(2)),
         (lambda: ask(aten.repeat.default, shared(3, 8), [count(T), 1]), Split(0)),
         (lambda: ask(aten.repeat.default, ROWS, [1, 2]), Local("sort")),
@@ -82,7 +90,8 @@ def test_tokens_follow(place, expected):
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda: ask(aten.view.default, tokens(3, T), [count(3 * T)]), "merges or cuts the token dim 1"),
+        (lambda: ask(aten.view.default, tokens(3, T, position=True), [count(3 * T)]), "merges or cuts the token dim 1"),
+        (lambda: ask(aten.view.default, tokens(S, T), [-1]), "merges or cuts the token dim 1"),
         (lambda: ask(aten.view.default, tokens(T, 8), [2, -1]), "merges or cuts the token dim 0"),
         (lambda: ask(aten.view.default, tokens(2 * T, 8), [2, count(T), 8]), "merges or cuts the token dim 0"),
         (lambda: ask(aten.view.default, tokens(3 * T), [3, count(T)]), "merges or cuts the token dim 0"),
@@ -92,7 +101,8 @@ def test_tokens_follow(place, expected):
         (lambda: ask(aten.expand.default, tokens(T, 1), [count(T), count(T)]), "is not the token dim a size"),
         (lambda: ask(aten.expand.default, shared(T, 1), [count(T), 8]), "is not the token dim a size"),
         (lambda: ask(aten.expand.default, shared(1, 1), [count(T), count(T)]), "no single dim"),
-        (lambda: ask(aten.repeat.default, tokens(T, 8), [3, 1]), "repeats the token dim 0 as a whole"),
+        (lambda: ask(aten.repeat.default, tokens(T, position=True), [3]), "repeats the token dim 0 as a whole"),
+        (lambda: ask(aten.repeat.default, tokens(T, 8), [3, 2]), "repeats the token dim 0 as a whole"),
         (lambda: ask(aten.repeat.default, tokens(T, 8), [1, count(T)]), "is not the token dim a size"),
         (lambda: ask(aten.repeat.default, shared(T, 8), [count(T), 1]), "is not the token dim a size"),
         (lambda: ask(aten.repeat_interleave.self_int, tokens(3, T), 5), "flattens dims before the token dim 1"),

@@ -45,7 +45,7 @@ class Outcome:
 
 
 def test_some_architectures_are_split_whole():
-    for outcome in map(tried, ("qwen2", "gpt2")):
+    for outcome in map(tried, ("qwen2", "gpt2", "llama4_text")):
         assert (outcome.why_not_tried, outcome.error, outcome.calls_split, outcome.barriers) == ("", "", 3, [])
         assert outcome.off < 1e-12
 
