@@ -203,3 +203,14 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmark():
     text = text_of("README.md").partition("## Measured")[2].partition("##")[0]
     claimed = [ratios[at, variant] for variant in ("dbo", "by hand", "two threads") for at in ("1.02", "1.97")]
     assert re.findall(r"\b\d\.\d\d\b", text) == [*claimed, ratios["0.33", "dbo"]]
+
+
+def test_the_figures_of_every_size_are_those_of_the_benchmark():
+    sizes = DOCS / "results" / "sizes.md"
+    _, *measured = rows_of(sizes, "| link |")
+    ratios = {(link, int(tokens)): float(ratio) for link, tokens, _, _, ratio, *_ in measured}
+    (_, dbo, again) = rows_of(sizes, "| to Inductor |")
+    shown = [min(ratios.values()), *(float(cell) for cell in (dbo[3], dbo[5], again[5]))]
+    text = text_of("docs/when-it-pays.md").partition("(results/sizes.md)):")[2].partition("An earlier run")[0]
+    assert re.findall(r"\b\d\.\d\d\b", text) == [*(f"{x:.2f}" for x in shown), "1.02"]
+    assert max(ratio for (_, tokens), ratio in ratios.items() if tokens >= 256) <= 1.02

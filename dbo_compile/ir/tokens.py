@@ -37,8 +37,9 @@ class Local:
     There is no joining such values, and no relation between what a microbatch has and what the whole step would have,
     until rows return to their tokens. With `position`, the numbers count or number rows (a permutation, offsets,
     positions inside an expert): comparing them with a capacity would depend on the split. `order` names the value
-    that arranged the rows ("" if unknown); with `inverse`, the numbers lead from the tokens' own order into `order`,
-    so that gathering rows of that order by them returns rows to tokens.
+    that arranged the rows, or the arrangement where several ops make the same one ("" if unknown); with `inverse`, the
+    numbers lead from the tokens' own order into `order`, so that gathering rows of that order by them returns rows to
+    tokens.
     """
 
     order: str = ""
