@@ -260,6 +260,37 @@ def test_weights_may_be_taken_apart(options):
     assert calls_of(check(fn, *rows(9, 4, 12), options=options)) == [(3, 3)]
 
 
+BLOCKS = {
+    "every expert for every token": lambda x: (x.repeat(3, 1).view(3, -1, 5) * THREE).view(-1, 5).view(3, -1, 5).sum(0),
+    "blocks in another order": lambda x: (
+        x.repeat(4, 1).view(2, 2, -1, 5).transpose(0, 1).reshape(-1, 5).view(4, -1, 5)[3]
+    ),
+    "a dim outside": lambda x: x.expand(3, -1, -1).reshape(-1, 5).sin().unflatten(0, (3, -1)).sum(0),
+}
+NO_BLOCKS = {
+    "their sum": lambda x: x + x.repeat(3, 1).sum(0),
+    "other blocks": lambda x: x.repeat(4, 1).view(2, -1, 5).sum(0).view(2, -1, 5).sum(0),
+    "one of them": lambda x: x.repeat(2, 1)[x.shape[0] :],
+    "returned": lambda x: x.repeat(2, 1).sin(),
+    "with rows of their own": lambda x: x.repeat_interleave(2, 0) + x.repeat(2, 1),
+    "row numbers": lambda x: x + torch.arange(x.shape[0]).repeat(2).view(2, -1)[1][:, None],
+}
+THREE = torch.arange(1.0, 4.0, dtype=torch.float64)[:, None, None]
+
+
+@pytest.mark.parametrize("what", BLOCKS)
+def test_blocks_of_all_tokens_are_split_without_a_barrier(what):
+    (report,) = check(BLOCKS[what], *rows(9, 4, 12))
+    assert (report.calls_split, report.barriers) == (3, {})
+
+
+@pytest.mark.parametrize("what", NO_BLOCKS)
+def test_blocks_that_are_needed_whole_are_made_of_all_tokens(what):
+    (report,) = check(NO_BLOCKS[what], *rows(9, 4, 12))
+    assert report.calls_split == 3
+    assert report.barriers
+
+
 def test_a_result_that_is_a_view_of_the_input_can_be_written_through():
     def fn(x):
         return x.t(), x[:, 2:4], x[2:], x.view(-1), x
