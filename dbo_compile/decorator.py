@@ -207,6 +207,8 @@ class Steps:
             return self._nothing
         num_tokens = self._num_tokens(inputs)
         padded = self._padding.pad(inputs, plan.padded_tokens)
+        if not self._num_played:
+            self._ask_for_dynamic(padded)
         step = InForce(plan, is_first=not self._num_played, num_tokens=num_tokens)
         with in_force(step), compat.host_reads_in_graph():
             results = self._compiled(*self._self(), **closed(padded))
@@ -220,6 +222,12 @@ class Steps:
             self._idle = closed(without_requests(self._padding.empty(inputs), self._axes))
             self._nothing = self._unpadded(results, step, 0, padded)
         return self._unpadded(results, step, num_tokens, padded)
+
+    def _ask_for_dynamic(self, inputs: Mapping[str, Any]) -> None:
+        """Have Dynamo make symbols of the token dims at once; the backend would ask it for a second trace."""
+        for name, dim in self._padding.token_dims.items():
+            if isinstance(x := inputs.get(name), torch.Tensor):
+                compat.ask_for_dynamic(x, dim % x.ndim)
 
     def _unpadded(self, results: Any, step: InForce, num_tokens: int, padded: Mapping[str, Any]) -> Any:
         """Results of a graph are known, and views of arguments; what else Python made is cut where it has as many rows

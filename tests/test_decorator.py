@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import dbo_compile
-from dbo_compile import reports
+from dbo_compile import compat, reports
 from dbo_compile.report import new_reports
 
 OPTIONS = {"split": "always", "inner": "eager"}
@@ -64,6 +64,16 @@ def test_every_size_is_played_by_one_graph_and_gives_what_it_gave(make):
         check(model, tokens(n))
     (report,) = new_reports(before)
     assert (report.calls, report.calls_split) == (5, 4)  # one token is fewer than min_tokens
+
+
+def test_the_model_is_traced_once(monkeypatch):
+    def trace_again(reason):
+        pytest.fail(reason)
+
+    monkeypatch.setattr(compat, "trace_again", trace_again)
+    model = on_instance()
+    for n in (9, 4):
+        check(model, tokens(n), torch.arange(3 * n).view(3, n))
 
 
 def test_arguments_may_be_given_in_any_form():
