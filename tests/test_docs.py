@@ -206,6 +206,11 @@ def test_the_table_of_the_readme_is_that_of_the_benchmark():
         assert [share.strip("*") for share in shares] == [ratios[column, variant] for column in columns], variant
 
 
+def test_the_architectures_that_are_split_are_those_of_the_result():
+    share = re.search(r"(\d+ of \d+) are split whole", text_of("docs/results/architectures.md"))
+    assert f"[{share[1]}](docs/results/architectures.md)" in text_of("README.md")
+
+
 def shown_of_every_size():
     """The best, the middle and the worst of dbo, and the worst of Inductor against itself."""
     sizes = DOCS / "results" / "sizes.md"
