@@ -204,6 +204,10 @@ def test_the_table_of_the_readme_is_that_of_the_benchmark():
     (_, *columns), *shown = rows_of(ROOT / "README.md", "| communication / compute |")
     for (_, *shares), variant in zip(shown, ("by hand", "two threads", "dbo"), strict=True):
         assert [share.strip("*") for share in shares] == [ratios[column, variant] for column in columns], variant
+    narrow = ratios_to_inductor("link.md")
+    text = text_of("README.md").partition("Layers a quarter as wide")[2].partition("`split=")[0]
+    wanted = [narrow[at, variant] for variant in ("dbo", "two threads") for at in ("0.53", "1.02")]
+    assert re.findall(r"\b\d\.\d\d\b", text) == wanted
 
 
 def test_the_architectures_that_are_split_are_those_of_the_result():
