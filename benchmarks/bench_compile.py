@@ -24,6 +24,7 @@ from torch._dynamo.utils import compilation_time_metrics
 
 from benchmarks.bench_levels import clocked
 from benchmarks.bench_link import CONFIG, SMALL, make_model
+from benchmarks.bench_sizes import MOST_TRIALS
 from benchmarks.results import Table, options, publish
 from dbo_compile import backend, compat, compilation, reports
 
@@ -32,8 +33,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dbo": {"backend": "dbo", "options": {"split": "always", "gate": "never"}},
     "dbo, auto": {"backend": "dbo"},
 }
-AUTO_TRIALS = 60
-"""Calls after which dbo has decided, as in `bench_sizes`."""
 PARTS = "Dynamo", "AOTAutograd", "our passes", "Inductor"
 
 
@@ -113,7 +112,7 @@ def first_call(variant: str, num_layers: int, *, small: bool) -> dict[str, float
     with torch.no_grad(), compat.host_reads_in_graph():
         took = [timed(compiled, ids)]
         went = where_it_went(ours["all"] - ours["codes"])
-        took += [timed(compiled, ids) for _ in range(AUTO_TRIALS - 1 if "auto" in variant else 2)]
+        took += [timed(compiled, ids) for _ in range(MOST_TRIALS - 1 if "auto" in variant else 2)]
     report = reports()[-1] if reports() else None
     segments, codes = (report.num_segments, report.num_unique_segments) if report else (0, 0)
     compiling = sum(t - took[-1] for t in took)

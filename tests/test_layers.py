@@ -105,7 +105,7 @@ def upward_imports(source: Source) -> Iterator[tuple[ast.AST, str]]:
 
 def private_names(source: Source) -> Iterator[tuple[ast.AST, str]]:
     """`torch.ops._c10d_functional` is how an operator is called, no private API."""
-    if source.path == "compat.py":
+    if source.room == "compat":
         return
     for node, name in source.names:
         if private := re.match(r"torch\.(?!ops\.)(?:\w+\.)*?_(?!_)\w*", name):
@@ -121,7 +121,7 @@ def fx_names(source: Source) -> Iterator[tuple[ast.AST, str]]:
 
 
 def metadata(source: Source) -> Iterator[tuple[ast.AST, str]]:
-    if source.path in ("graph.py", "compat.py"):  # what keys Dynamo and AOTAutograd use is private to them
+    if source.path == "graph.py" or source.room == "compat":  # what keys Dynamo and AOTAutograd use is private to them
         return
     for node in source.nodes:
         if isinstance(node, ast.Attribute) and node.attr == "meta":
@@ -207,7 +207,7 @@ def test_a_breach_is_found_and_named(path, text, what):
 
 
 GOOD = [
-    ("compat.py", "import torch._dynamo\nfrom torch._guards import tracing"),
+    ("compat/dynamo.py", "import torch._dynamo\nfrom torch._guards import tracing"),
     ("ir/tokens.py", "from torch import fx\nplaces: fx.Node"),
     ("ir/x.py", "import torch\nfrom dbo_compile.errors import DboError\nfrom dbo_compile.ir.program import Run"),
     ("rules/x.py", "import torch\ntorch.ops._c10d_functional.wait_tensor.default\ntorch.__version__"),

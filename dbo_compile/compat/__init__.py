@@ -1,0 +1,82 @@
+"""The only room that meets torch's private APIs. Each function is tried on every supported torch, 2.11 to 2.13.
+
+Ask the package, `compat.to_aten(...)`: which of its files an answer is in is nobody else's business.
+"""
+
+from __future__ import annotations
+
+from torch.distributed import _symmetric_memory as symmetric_memory
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dbo_compile.compat.aot import (
+    argument_positions,
+    lazy_module,
+    reinplace,
+    segment_inductor,
+    to_aten,
+    whole_graph_inductor,
+)
+from dbo_compile.compat.devices import (
+    Symmetric,
+    gemm_sms_left_free,
+    leave_sms_free,
+    process_group,
+    same_addresses,
+    stop_recording,
+)
+from dbo_compile.compat.dynamo import (
+    ask_for_dynamic,
+    compiled_apart,
+    host_reads_in_graph,
+    is_closed_over,
+    is_dynamic,
+    is_parameter,
+    source_name,
+    trace_again,
+    while_dynamo_compiles,
+)
+from dbo_compile.compat.seeing import (
+    aten_op_names,
+    compile_id,
+    generated_file,
+    is_profiling,
+    trace_artifact,
+    without_fake_tensors,
+)
+from dbo_compile.compat.shapes import SegmentShapes, evaluate, graph_guards
+
+__all__ = [
+    "SegmentShapes",
+    "Symmetric",
+    "argument_positions",
+    "ask_for_dynamic",
+    "aten_op_names",
+    "compile_id",
+    "compiled_apart",
+    "evaluate",
+    "gemm_sms_left_free",
+    "generated_file",
+    "graph_guards",
+    "host_reads_in_graph",
+    "is_closed_over",
+    "is_dynamic",
+    "is_parameter",
+    "is_profiling",
+    "lazy_module",
+    "leave_sms_free",
+    "process_group",
+    "reinplace",
+    "same_addresses",
+    "segment_inductor",
+    "source_name",
+    "stop_recording",
+    "symmetric_memory",
+    "to_aten",
+    "trace_again",
+    "trace_artifact",
+    "tree_leaves",
+    "tree_map",
+    "while_dynamo_compiles",
+    "whole_graph_inductor",
+    "without_fake_tensors",
+]

@@ -1,0 +1,104 @@
+"""Symbolic sizes: the shape environment of a segment, what tracing assumed of symbols, arithmetic on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+
+class SegmentShapes:
+    """The private shape environment of one segment: its guards never reach the user's, and can be asked for.
+
+    `backed` symbols have a hint and a least value; `unbacked` ones have neither, and so never a guard.
+    """
+
+    def __init__(self, backed: Mapping[sympy.Symbol, int], unbacked: Sequence[sympy.Symbol]) -> None:
+        self.env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.env)
+        self._own: dict[sympy.Symbol, sympy.Expr] = {}
+        self._hints: dict[sympy.Symbol, sympy.Integer] = {}
+        for symbol, hint in backed.items():
+            self._own[symbol] = self._new_backed(str(symbol), hint)
+            self._hints[self._own[symbol]] = sympy.Integer(hint)
+        for symbol in unbacked:
+            with self.env.ignore_fresh_unbacked_symbols():  # they come from outside: no op here makes them
+                number = self.env.create_unbacked_symint()
+            torch._check(number >= 0)
+            self._own[symbol] = number.node.expr
+
+    def _new_backed(self, name: str, hint: int) -> sympy.Expr:
+        source = ConstantSource(f"dbo_{name}")
+        return self.env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+
+    def number(self, expr: sympy.Expr) -> int | torch.SymInt:
+        """An expression over the symbols given, as a number of this environment."""
+        own = sympy.sympify(expr).xreplace(self._own)
+        if own.is_Integer:
+            return int(own)
+        hint = own.xreplace(self._hints)
+        return self.env.create_symintnode(own, hint=int(hint) if hint.is_Integer else None)
+
+    def tensor(self, sizes: Sequence[sympy.Expr], strides: Sequence[sympy.Expr], like: torch.Tensor) -> torch.Tensor:
+        with self.mode:
+            return torch.empty_strided(
+                [self.number(s) for s in sizes],
+                [self.number(s) for s in strides],
+                dtype=like.dtype,
+                device=like.device,
+            )
+
+    def guards(self) -> list[sympy.Expr]:
+        """What compiling assumed of the backed symbols, over the symbols given."""
+        back = {own: symbol for symbol, own in self._own.items()}
+        ranges = [
+            sympy.Ge(own, bounds.lower, evaluate=False)
+            for own, bounds in self.env.var_to_range.items()
+            if own in self._hints and bounds.lower > 0
+        ]
+        return [g.xreplace(back) for g in (*(guard.expr for guard in self.env.guards), *ranges)]
+
+
+def graph_guards(val: torch.SymInt) -> list[sympy.Expr]:
+    """What tracing assumed of the symbols of the shape environment that `val` belongs to.
+
+    Symbols that turned out to be equal are written as one, so what says so is no guard any more.
+    """
+    env = val.node.shape_env
+    return [expr for guard in env.guards if (expr := env.replace(guard.expr)) is not sympy.true]
+
+
+class _Arithmetic(PythonReferenceAnalysis):
+    """On proxies too. PyTorch's own makes sympy expressions of quotients, and has no whole numbers of proxies."""
+
+    @staticmethod
+    def int_truediv(a: Any, b: Any) -> Any:
+        return a / b
+
+    truediv = int_truediv
+
+    @staticmethod
+    def trunc_to_int(x: Any, dtype: torch.dtype) -> Any:
+        return torch.sym_int(x)
+
+    @staticmethod
+    def floor_to_int(x: Any, dtype: torch.dtype) -> Any:
+        return torch.sym_int(x // 1)
+
+    @staticmethod
+    def ceil_to_int(x: Any, dtype: torch.dtype) -> Any:
+        return -torch.sym_int(-x // 1)
+
+
+def evaluate(expr: sympy.Expr, values: Mapping[sympy.Symbol, Any]) -> Any:
+    """An expression over given values: integers, or proxies of an fx.Graph under construction."""
+    return sympy_interp(_Arithmetic, dict(values), expr)
