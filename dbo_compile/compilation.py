@@ -78,7 +78,7 @@ def build(traced: Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> tu
     model = CostModel(gm.graph)
     costs = {name: model.seconds(segments.groups[name]) for name in segments.codes}
 
-    def cost(step: Step | Run) -> float:
+    def cost(step: Step) -> float:
         return costs[segments.segments[step.segment].code]
 
     schedules = {m: make_schedule(segments, placed, cost, m, config.policy) for m in (1, n)}
@@ -89,18 +89,25 @@ def build(traced: Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> tu
     parts, once = ({s.code for s in segments.segments.values() if s.per_microbatch is part} for part in (True, False))
     own = {g.expression(g.value(node)) for node in traced.own}
     known = {symbol: hint for symbol, hint in traced.hints.items() if symbol not in own}
+    rows = {part: max(2, known[TOKENS] // (n if part else 1)) for part in (True, False)}
 
     def hints(code: str) -> dict[sympy.Symbol, int]:
         """The tokens that a code is played on, and never 0 or 1, on which a compiler would specialise. Numbers of
         requests have no hint: a microbatch may have one, or none."""
-        return {**known, TOKENS: max(2, known[TOKENS] // (n if code in parts else 1))}
+        return {**known, TOKENS: rows[code in parts]}
+
+    models = {part: CostModel(gm.graph, {**known, **dict.fromkeys(symbols, rows[part])}) for part in rows}
+
+    def expected(run: Run) -> float:
+        part = run.microbatch is not None
+        return models[part].seconds(segments.groups[segments.segments[run.segment].code])
 
     compiled = inner.compile_codes(segments.codes, hints, inner=config.inner)
     fns = {name: c.fn for name, c in compiled.items()}
     modules = {m: emit(p, fns, segments.outputs) for m, p in programs.items()}
     guards = [*_graph_guards(gm.graph, symbols), *_guards(compiled, parts)]
     others = [s for s in g.symbol_inputs(gm.graph) if s not in symbols]
-    levels = Levels(gm.graph, placed, segments, schedules[n], programs[n], modules[n], cost)
+    levels = Levels(gm.graph, placed, segments, schedules[n], programs[n], modules[n], known[TOKENS], expected)
     return levels, Programs(
         modules,
         Guards(list(dict.fromkeys(guards)), others, once=list(dict.fromkeys(_guards(compiled, once)))),

@@ -14,7 +14,6 @@ from dbo_compile.ir.program import Program, Run
 from dbo_compile.ir.schedule import Schedule
 from dbo_compile.ir.tokens import TokenMap
 from dbo_compile.ir.waits import Handover, carried, handovers
-from dbo_compile.passes.cost import NUM_ROWS
 from dbo_compile.passes.outline import Outline
 from dbo_compile.runtime.clock import Timeline, simulate
 
@@ -33,7 +32,10 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """What every pass made of one graph, from the ATen graph to the module whose generated code runs."""
+    """What every pass made of one graph, from the ATen graph to the module whose generated code runs.
+
+    `num_rows` is how many rows of tokens the call that was traced had, `cost` the modelled seconds of its runs.
+    """
 
     graph: fx.Graph
     tokens: TokenMap
@@ -41,16 +43,17 @@ class Levels:
     schedule: Schedule
     program: Program
     module: fx.GraphModule
+    num_rows: int
     cost: Callable[[Run], float]
 
     @property
     def timeline(self) -> Timeline:
-        """The program on a clock with modelled costs."""
+        """A call like the one that was traced, on a clock with modelled costs."""
         return simulate(self.program, self.cost)
 
     @property
     def predicted(self) -> Chart:
-        title = f"predicted for {NUM_ROWS} rows a microbatch, modelled costs"
+        title = f"predicted, {self.num_rows} tokens, by modelled costs"
         return self.chart(title, self.timeline, straddles=True)
 
     def chart(self, title: str, timeline: Timeline, *, straddles: bool) -> Chart:

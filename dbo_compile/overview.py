@@ -10,7 +10,6 @@ from dbo_compile.advice import advice
 from dbo_compile.chart import summary, svg
 from dbo_compile.ir.schedule import Segment
 from dbo_compile.levels import Levels
-from dbo_compile.passes.cost import NUM_ROWS
 from dbo_compile.report import Report
 from dbo_compile.runtime.clock import Timeline, chart
 from dbo_compile.runtime.cuts import CutSteps
@@ -49,7 +48,7 @@ def _lines(index: int, report: Report, measured: Timeline | None) -> Iterator[st
         yield from _requests(report.cuts)
     yield from ["", "segments", *_segments(levels)]
     yield from ["", "schedule", *_steps(levels)]
-    yield from ["", f"lanes (predicted, a microbatch has {NUM_ROWS} rows)", *_lanes(levels.timeline)]
+    yield from ["", f"lanes (predicted, {levels.num_rows} tokens)", *_lanes(levels.timeline)]
     if measured:
         yield from ["", f"lanes (measured{'' if _is_split(measured) else ', not split'})", *_lanes(measured)]
     yield from ["", f"program {report.fingerprint}: {len(levels.program.instrs)} instructions, see .program"]

@@ -153,21 +153,21 @@ def test_the_text_of_an_explanation():
     text = str(Explanation(explain(forward, values(9, 5), options=EAGER).reports))
     assert_expected_inline(re.sub(r"program [0-9a-f]{16}", "program FINGERPRINT", text), """\
 graph 0: split in 2 microbatches, 3 segments of which 3 differ, 1 collectives, 0 barriers
-    communication hidden: 33% predicted
+    communication hidden: 99% predicted
 
 segments
-    compute x2         0.020 ms  main
-    comm    x2         0.051 ms  all_reduce
-    compute x2         0.014 ms  main_2
+    compute x2         0.010 ms  main
+    comm    x2         0.010 ms  all_reduce
+    compute x2         0.010 ms  main_2
 
 schedule
     main#0 all_reduce#0 main#1 all_reduce#1 main_2#0 main_2#1
 
-lanes (predicted, a microbatch has 1024 rows)
-    compute 00000000000001111111111111....................000000000........................111111111
-    comm    .............000000000000000000000000000000000111111111111111111111111111111111.........
+lanes (predicted, 9 tokens)
+    compute 0000000000000000000000111111111111111111111100000000000000000000001111111111111111111111
+    comm    ......................00000000000000000000001111111111111111111111......................
     0, 1: the microbatch at work, =: all tokens, .: waiting
-    0.136 ms, compute busy 0.068, comm busy 0.102, 33% of communication hidden
+    0.0404 ms, compute busy 0.0401, comm busy 0.0203, 99% of communication hidden
 
 program FINGERPRINT: 27 instructions, see .program
 every level as files, with pictures: with dbo_compile.debug("folder"): ...""")

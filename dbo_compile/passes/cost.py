@@ -1,14 +1,16 @@
 """What a segment costs before anything is measured, from the bytes it moves and the operations it does.
 
-The figures only rank segments against each other and against collectives. They must be the same on every rank, whatever
-its number of tokens, because every rank must play the same order: so all symbols count the same fixed number.
+The figures only rank segments against each other and against collectives. Those that order a program must be the same
+on every rank, whatever its number of tokens, because every rank must play the same order: so there, all symbols count
+the same fixed number. Charts show what is to be expected of the call that was traced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 from typing import Any, cast
 
 import sympy
@@ -47,10 +49,10 @@ ACCELERATOR = Speeds(flops=5e14, memory=3e12, link=5e10, launch=5e-6)
 
 
 class CostModel:
-    """Guesses how long a microbatch of `NUM_ROWS` tokens takes in each group of one graph."""
+    """Guesses how long each group of one graph takes; a symbol that is not in `sizes` counts `NUM_ROWS`."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.expected: dict[sympy.Symbol, sympy.Integer] = {}
+    def __init__(self, graph: fx.Graph, sizes: Mapping[sympy.Symbol, int] = MappingProxyType({})) -> None:
+        self.expected = {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
         for node in graph.nodes:
             if node.target is ALL_TO_ALL:
                 self._expect_rows(node)
