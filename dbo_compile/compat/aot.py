@@ -21,8 +21,6 @@ from torch._inductor.fx_utils import FakeTensorUpdater
 from torch._inductor.virtualized import V
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._pytree import tree_leaves as tree_leaves
-from torch.utils._pytree import tree_map as tree_map
 
 from dbo_compile.compat.shapes import SegmentShapes
 

@@ -9,8 +9,6 @@ from typing import Any, cast
 import torch
 from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
-from torch.utils._pytree import tree_leaves as tree_leaves
-from torch.utils._pytree import tree_map as tree_map
 
 _data_ptrs_equal = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # in builds for CUDA alone
 

@@ -14,8 +14,6 @@ from torch._guards import CompileContext
 from torch._logging import trace_structured  # type: ignore[attr-defined]
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd import profiler
-from torch.utils._pytree import tree_leaves as tree_leaves
-from torch.utils._pytree import tree_map as tree_map
 
 
 def aten_op_names() -> list[str]:
