@@ -44,7 +44,7 @@ soundness: export SOUNDNESS_ROUTES := 20000
 soundness: export SOUNDNESS_ARCHITECTURES := all
 soundness: $(STAMP)
 	@seed=$${SOUNDNESS_SEED:-$$(date +%s)}; echo "SOUNDNESS_SEED=$$seed"; \
-	    SOUNDNESS_SEED=$$seed $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/soundness $(PYTEST_ARGS)
+	    SOUNDNESS_SEED=$$seed $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -v tests/soundness $(PYTEST_ARGS)
 
 check: $(STAMP)
 	@echo "ruff" && $(BIN)/ruff check --quiet .

@@ -23,6 +23,7 @@ _ADVICE = (
     (r"which tokens belong to one request", "Tell it of the requests: token_dims={'cu_seqlens': CuSeqlens()}, say."),
     (r"has to stay whole", "Say with register_attention_op what caches attention has: then a request may be cut."),
     (r"keeps what the graph was compiled for", "Pad to a size that is a multiple of what the guard asks for."),
+    (r"nested compile region", "Give the region the whole tensor, or leave nested_compile_region off what writes it."),
     (r"depends on its data", "Use a form of fixed size: torch.where or a mask instead of nonzero or x[mask]."),
     (r"no placement rule", "Teach it: dbo_compile.register_rule(op); see the docs, adding a rule."),
     (r"random numbers", "Call model.eval(), or take random numbers as an input."),

@@ -19,6 +19,7 @@ from dbo_compile.dump import publish
 from dbo_compile.errors import InvalidSchedule, NotSplit
 from dbo_compile.log import logger, setup_from_environment
 from dbo_compile.passes.capturable import why_not_captured
+from dbo_compile.passes.inline import inline_regions
 from dbo_compile.report import Report, forget
 from dbo_compile.rules.collectives import sms_setters
 from dbo_compile.runtime import graphs
@@ -132,6 +133,7 @@ def compile_graph(
 ) -> tuple[Compilation, Engine]:
     """Every level of an ATen graph, top to bottom, and at the end the engine that plays it."""
     whole = compat.lazy_module(gm, copy.copy(gm.graph))
+    inline_regions(gm)
     _refuse_sizes_from_data(gm.graph)
     compat.reinplace(gm)
     inputs = g.inputs(gm.graph)
@@ -175,7 +177,6 @@ def _refuse_sizes_from_data(graph: fx.Graph) -> None:
     """Only numbers read by `.item()` or `.tolist()` may become sizes; `nonzero` and its like are not split yet."""
     known = g.symbol_inputs(graph).keys() | g.data_symbols(graph).keys()
     for node in g.body(graph):
-        vals = g.value(node) if isinstance(g.value(node), tuple | list) else [g.value(node)]
-        if any(g.symbols_of(v) - known for v in vals):
+        if g.symbols_of(g.value(node)) - known:
             where = g.source_line(node)
             raise NotSplit(f"the size of the result of {node.target} depends on its data ({where})")

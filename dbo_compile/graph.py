@@ -95,7 +95,9 @@ def is_vouched_for(node: fx.Node) -> bool:
 
 
 def symbols_of(val: Any) -> set[sympy.Symbol]:
-    """The symbols in a number, or in the sizes and strides of a tensor."""
+    """The symbols in a number, in the sizes and strides of a tensor, or in several of these."""
+    if isinstance(val, tuple | list):
+        return set().union(*map(symbols_of, val))
     if isinstance(val, torch.Tensor):
         sizes = [d for d in (*val.shape, *val.stride()) if not isinstance(d, int)]
         return {s for d in sizes for s in expression(d).free_symbols}
@@ -237,12 +239,25 @@ def _aliased_args(target: Any) -> dict[int | str, Any]:
     return {key: a.alias_info for i, a in args if a.alias_info is not None for key in (i, a.name)}
 
 
+def module_source(node: fx.Node) -> str:
+    """The module that `node` comes from as Dynamo calls it, e.g. `L['self'].model.layers.0.mlp`; "" for none."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def restate(node: fx.Node, val: Any, source: str, target: str) -> None:
+    """Say of a copy of a node from the module `source`, or from one inside of it, that it is from `target`, with `val`
+    as its fake value."""
+    node.meta["val"] = val
+    stack = node.meta.get("nn_module_stack")
+    if stack and source:
+        moved = {key: (str(path).replace(source, target, 1), kind) for key, (path, kind) in stack.items()}
+        node.meta["nn_module_stack"] = moved
+
+
 def module_path(node: fx.Node) -> str:
     """The path of the module that `node` comes from, e.g. `model.layers.0.mlp`; "" for none."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
+    path = module_source(node)
     inside = re.sub(r"^L\['\w+'\]\.?", "", path)  # what Dynamo calls the model depends on how it was called
     return re.sub(r"\.?_modules\['(\w+)'\]|\['?(\w+)'?\]", r".\1\2", inside).strip(".")
 

@@ -71,6 +71,23 @@ def test_expert_parallelism_equals_one_process(ranks, name, implementation, batc
     assert answers[0][1]["fingerprint"] == answers[1][1]["fingerprint"]
 
 
+def regions_case(name, implementation, batches):
+    """The same with layers that are nested compile regions."""
+    layer = type(tiny_model(name, experts="grouped_mm", dtype=torch.float64).model.layers[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer, "forward", torch.compiler.nested_compile_region(layer.forward))
+        return expert_parallel_case(name, implementation, "eager", batches)
+
+
+@pytest.mark.parametrize(("implementation", "batches"), [("dbo", UNEVEN), ("dbo_static", SAME)])
+def test_layers_that_are_nested_compile_regions_play_the_same_program(ranks, implementation, batches):
+    plain = ranks.run(expert_parallel_case, "qwen3_moe", implementation, "eager", batches)
+    marked = ranks.run(regions_case, "qwen3_moe", implementation, batches)
+    for (worst, report), (_, same) in zip(marked, plain, strict=True):
+        assert worst <= TOLERANCE["qwen3_moe"]
+        assert report == same
+
+
 @pytest.mark.parametrize("implementation", ["dbo", "dbo_static"])
 def test_expert_parallelism_through_inductor_equals_one_process(ranks, implementation):
     batches = ((6, 4, 9),) * 2

@@ -6,6 +6,8 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import nn
 from torch.nn import functional as F
 
@@ -71,6 +73,35 @@ def test_an_op_that_mixes_tokens_is_a_barrier_with_its_line(fn, reason):
     torch.testing.assert_close(got, fn(x), rtol=0, atol=1e-12)
     assert report.calls_split == 1, (report.reason, report.decline_counts)
     assert reason in barrier_of(report)
+
+
+def counted(x):
+    """As many rows of a constant as a number says that was read out of data: as there are tokens."""
+    count = ((x.sum() < 1e9).long() * x.shape[0]).item()
+    torch._check(count >= 0)
+    torch._check(count <= 40)
+    return torch.arange(200, dtype=x.dtype).view(40, 5)[:count]
+
+
+def sent(x):
+    return x + funcol.all_to_all_single(counted(x), [x.shape[0]], [x.shape[0]], dist.group.WORLD)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    ("fn", "reason"),
+    [
+        (lambda x: x + counted(x).reshape(x.shape[0], -1), "checks the number of all tokens against one that is"),
+        (sent, "sends the same rows for all microbatches, by numbers of which each has its own"),
+    ],
+    ids=["checked", "sent"],
+)
+def test_numbers_of_all_tokens_do_not_meet_those_of_a_microbatch(fn, reason):
+    x = torch.randn(9, 5, dtype=torch.float64)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        got, report = run(fn, x)
+    torch.testing.assert_close(got, fn(x), rtol=0, atol=1e-12)
+    assert any(reason in why for why in report.barriers.values())
 
 
 def test_dropout_draws_what_eager_draws():

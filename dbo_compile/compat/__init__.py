@@ -10,10 +10,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dbo_compile.compat.aot import (
     argument_positions,
+    is_functionalized,
     lazy_module,
     reinplace,
+    retrace_values,
     segment_inductor,
     to_aten,
+    updates_inputs,
     whole_graph_inductor,
 )
 from dbo_compile.compat.devices import (
@@ -43,9 +46,10 @@ from dbo_compile.compat.seeing import (
     trace_artifact,
     without_fake_tensors,
 )
-from dbo_compile.compat.shapes import SegmentShapes, evaluate, graph_guards
+from dbo_compile.compat.shapes import OtherNumbers, SegmentShapes, evaluate, graph_guards
 
 __all__ = [
+    "OtherNumbers",
     "SegmentShapes",
     "Symmetric",
     "argument_positions",
@@ -60,12 +64,14 @@ __all__ = [
     "host_reads_in_graph",
     "is_closed_over",
     "is_dynamic",
+    "is_functionalized",
     "is_parameter",
     "is_profiling",
     "lazy_module",
     "leave_sms_free",
     "process_group",
     "reinplace",
+    "retrace_values",
     "same_addresses",
     "segment_inductor",
     "source_name",
@@ -76,6 +82,7 @@ __all__ = [
     "trace_artifact",
     "tree_leaves",
     "tree_map",
+    "updates_inputs",
     "while_dynamo_compiles",
     "whole_graph_inductor",
     "without_fake_tensors",

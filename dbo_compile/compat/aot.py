@@ -60,9 +60,19 @@ def argument_positions(placeholders: Sequence[fx.Node]) -> dict[int, int]:
     return {desc.idx: i for i, p in enumerate(placeholders) if isinstance(desc := p.meta.get("desc"), PlainAOTInput)}
 
 
+def is_functionalized(node: fx.Node) -> bool:
+    """Whether `node` calls an op that writes its arguments in place, written as one that returns new ones."""
+    return node.target in (auto_functionalized, auto_functionalized_v2)
+
+
+def updates_inputs(gm: fx.GraphModule) -> bool:
+    """Whether something in a functional graph may become an update in place."""
+    return any(n.target is aten.copy_.default or is_functionalized(n) for n in gm.graph.nodes)
+
+
 def reinplace(gm: fx.GraphModule) -> None:
     """Turn functional updates of graph inputs back into updates in place, on the whole graph, before it is cut."""
-    if not any(n.target in (aten.copy_.default, auto_functionalized, auto_functionalized_v2) for n in gm.graph.nodes):
+    if not updates_inputs(gm):
         return
     takes_module = "gm" in signature(FakeTensorUpdater).parameters  # torch 2.11 takes the graph
     updater = FakeTensorUpdater(gm if takes_module else gm.graph)  # type: ignore[arg-type]
@@ -75,6 +85,18 @@ def reinplace(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def retrace_values(gm: fx.GraphModule) -> None:
+    """Compute the fake values of a graph once more, so that they share memory as the values that they stand for do.
+
+    Numbers read out of data get new symbols.
+    """
+    for node in gm.graph.nodes:
+        node.meta.pop("unbacked_bindings", None)  # or the new symbols would be taken for the old ones
+    mode = TracingContext.get().fake_mode
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    FakeTensorProp(gm, mode=mode).propagate_dont_convert_inputs(*(p.meta["val"] for p in placeholders))
 
 
 def whole_graph_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:

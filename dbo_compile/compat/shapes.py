@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import sympy
 import torch
 from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.interp import sympy_interp
@@ -64,6 +65,53 @@ class SegmentShapes:
             if own in self._hints and bounds.lower > 0
         ]
         return [g.xreplace(back) for g in (*(guard.expr for guard in self.env.guards), *ranges)]
+
+
+class OtherNumbers:
+    """The fake values of the code that is being compiled once more, as another call of it has them.
+
+    `symbols` stand for what the code reads out of data; here, each has another name.
+    """
+
+    def __init__(self, symbols: Iterable[sympy.Symbol]) -> None:
+        self._mode = cast("Any", TracingContext.get().fake_mode)
+        self._new: dict[sympy.Symbol, sympy.Symbol] = {}
+        for symbol in symbols:
+            env = self._mode.shape_env
+            with env.ignore_fresh_unbacked_symbols():  # a copy of a node makes it, not an op that runs now
+                self._new[symbol] = env.create_unbacked_symint().node.expr
+            env.var_to_range[self._new[symbol]] = env.var_to_range[symbol]
+
+    def value(self, val: Any) -> Any:
+        """A value of a node; itself, if it has none of the symbols."""
+        if isinstance(val, tuple | list):
+            return type(val)(map(self.value, val))
+        if isinstance(val, torch.Tensor):
+            return self._tensor(val)
+        return self._number(val)
+
+    def _tensor(self, val: torch.Tensor) -> torch.Tensor:
+        if not any(map(self._is_renamed, (*val.shape, *val.stride()))):
+            return val
+        sizes, strides = (list(map(self._number, dims)) for dims in (val.shape, val.stride()))
+        with self._mode:
+            return torch.empty_strided(sizes, strides, dtype=val.dtype, device=val.device)
+
+    def _number(self, val: Any) -> Any:
+        if not self._is_renamed(val):
+            return val
+        env, expr = self._mode.shape_env, val.node.expr.xreplace(self._new)
+        match val:
+            case torch.SymBool():
+                return env.create_symboolnode(expr)
+            case torch.SymFloat():
+                return env.create_symfloatnode(expr, hint=None)
+            case _:
+                return env.create_symintnode(expr, hint=None)
+
+    def _is_renamed(self, val: Any) -> bool:
+        is_symbolic = isinstance(val, torch.SymInt | torch.SymFloat | torch.SymBool)
+        return is_symbolic and not val.node.expr.free_symbols.isdisjoint(self._new)
 
 
 def graph_guards(val: torch.SymInt) -> list[sympy.Expr]:

@@ -56,6 +56,7 @@ def expert_parallel(
     plan = model._expand_parallel_plan(model.ep_plan)
     apply_expert_parallelism(model, mesh, _mesh_of_one(mesh), plan, ep_implementation=ep_implementation)
     _make_local(model)
+    _call_directly(model)
     return model
 
 
@@ -71,6 +72,7 @@ class _ExchangeEP(EPImplementation):
                 f'{tp_mesh.size()} ranks share them: use tp_size=1, or ep_implementation="all_to_all"'
             )
         super().__init__(experts, ep_mesh, tp_mesh)
+        experts.exchange_ep = self
         self.group = ep_mesh.get_group()
         self.num_experts: int = experts.num_experts * ep_mesh.size()
 
@@ -140,3 +142,13 @@ def _make_local(model: nn.Module) -> None:
             if isinstance(weight, DTensor):
                 own = nn.Parameter(weight.to_local().detach(), requires_grad=weight.requires_grad)
                 module.register_parameter(name, own)
+
+
+def _call_directly(model: nn.Module) -> None:
+    """Leave out what transformers does around an exchange: it swaps the weights of the module for local ones.
+
+    They are local already, and Dynamo traces each layer anew if one of them changes its module.
+    """
+    for module in model.modules():
+        if exchange := getattr(module, "exchange_ep", None):
+            module.forward = exchange.__call__

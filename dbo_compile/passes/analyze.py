@@ -107,6 +107,7 @@ class _Walk:
         self.prefixes: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.wholes: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.needed_whole: dict[fx.Node, str] = {}
+        self.shared_numbers: set[sympy.Symbol] = set()  # read out of data that is the same for all microbatches
         self.region = _Regions()
 
     def token_map(self) -> TokenMap:
@@ -162,8 +163,15 @@ class _Walk:
         if any(isinstance(p, Local | Given) for p in places):
             return Local(position=True)
         val = g.value(node)
-        counts = self._expr(val).has(TOKENS) if g.is_symbolic_number(node) else Count() in places
-        return Count() if counts else Shared()
+        if g.is_symbolic_number(node):
+            if self._expr(val).has(TOKENS):
+                return Count()
+            if g.reads_number(node):
+                self.shared_numbers |= g.symbols_of(val)
+            return Shared()
+        if Count() in places and self.shared_numbers & g.symbols_of([g.value(n) for n in node.all_input_nodes]):
+            raise CannotSplit("it checks the number of all tokens against one that is the same for all microbatches")
+        return Count() if Count() in places else Shared()
 
     def _apply_rule(self, node: fx.Node) -> Placement | tuple[Placement, ...]:
         whole = [n for n in node.all_input_nodes if self._is_whole(n)]

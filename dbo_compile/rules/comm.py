@@ -36,7 +36,7 @@ def all_to_all_single(x: Value, output_splits: Splits, input_splits: Splits, _gr
     if x.is_local:
         return Local(position=x.is_position)
     if isinstance(x.place, Shared):
-        return Local()
+        raise CannotSplit("it sends the same rows for all microbatches, by numbers of which each has its own")
     if x.dim == 0:
         raise CannotSplit("which rank a row goes to depends on its place among all tokens")
     if any(map(is_own, [*output_splits, *input_splits])):

@@ -68,6 +68,8 @@ def test_tokens_follow_a_collective(place, expected):
             lambda: ask(c10d.all_to_all_single.default, tokens(4, T), [OWN], [4], "ep"),
             "it sends another number of rows",
         ),
+        (lambda: ask(c10d.all_to_all_single.default, shared(U, 4), [count(T)], [U], "ep"), "the same rows for all"),
+        (lambda: ask(c10d.all_to_all_single.default, shared(8, 4), [OWN], [8], "ep"), "the same rows for all"),
         (lambda: ask(c10d.reduce_scatter_tensor.default, tokens(2 * T, 4), "sum", 2, "ep"), DEALS),
         (
             lambda: ask(c10d.reduce_scatter_tensor.default, local(2 * T, order=GATHERED), "sum", 2, "dp"),

@@ -127,6 +127,9 @@ OPS: list[tuple[tuple[str, ...], str]] = [
     ((r"float\(T,6\)",), "buf[:, 1:3].mul_({0}[:, 1:3])"),
     ((r"float\(T,6\)", r"expert\(T\)",), "cache.index_copy_(0, {1}, {0})[{1}]"),
     ((X, E,), "cache.index_add_(0, {1}, {0})"), ((X,), "cache.add_({0}.sum(0))"), ((X, E,), "cache[{1}] + {0}"),
+    # as many rows as a number says that is read out of data
+    ((X,), "read({0}).reshape({0}.shape[0], -1) + {0}"), ((X,), "read({0}).sum(0) + {0}"),
+    ((X,), "funcol.all_to_all_single(read({0}), [{0}.shape[0]], [{0}.shape[0]], G) + {0}"),
     # communication on one rank
     ((ANY,), "funcol.all_reduce({0}, 'sum', G)"), ((X,), "funcol.all_to_all_single({0}, None, None, G)"),
     ((X,), "funcol.all_gather_tensor({0}, 0, G)"), ((X,), "funcol.reduce_scatter_tensor({0}, 'sum', 0, G)"),
@@ -153,8 +156,14 @@ def experts(x, e):
     rows = funcol.all_to_all_single(x[order], None, None, G)
     rows = funcol.all_to_all_single(torch.relu(rows @ W), None, None, G)
     return torch.zeros_like(x).index_add(0, order, rows) + torch.tanh(x @ W)
+
+def read(x):
+    n = ((x.sum() < 1e9).long() * x.shape[0]).item()
+    torch._check(n >= 0)
+    torch._check(n <= 99)
+    return long[:n]
 """
-"""Functions that lines call: layers that are alike."""
+"""Functions that lines call: layers that are alike, and rows of a constant, as many as `x` has."""
 
 
 def arguments(num_tokens: int) -> tuple[torch.Tensor, ...]:
@@ -168,7 +177,7 @@ def arguments(num_tokens: int) -> tuple[torch.Tensor, ...]:
 
 def constants(group: Any, collectives: Any = funcol) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
-    shapes = {"W": (6, 6), "V": (6, 4), "b": (6,), "We": (5, 6, 6), "table": (9, 6)}
+    shapes = {"W": (6, 6), "V": (6, 4), "b": (6,), "We": (5, 6, 6), "table": (9, 6), "long": (99, 6)}
     weights = {name: torch.randn(*s, generator=random, dtype=torch.double) * 0.5 for name, s in shapes.items()}
     scope = {"torch": torch, "funcol": collectives, "G": group, **weights}
     exec(SUBGRAPHS, scope)
