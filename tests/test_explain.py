@@ -231,6 +231,7 @@ def test_the_measured_share_is_that_of_calls_that_were_split():
         "rank 1 declined",
         "the graph of ranks 1, 2 is not split",
         "no program can be made of it: add writes h",
+        "a nested compile region writes a part of its argument in place (model.py:12, c.add_(1))",
         "microbatch 1 would have 3 rows of lens, and the graph is made for 1",
         "nothing tells which tokens belong to one request, and none may be cut",
         "all ranks must have as many rows, which would cut a request that has to stay whole",

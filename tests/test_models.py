@@ -84,10 +84,16 @@ def decode(model, batch, steps):
     return torch.cat([step[:, -1:] for step in logits], 1), cache
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3"])
-def test_decode_writes_each_cache_once_and_equals_eager_after_8_steps(name):
+@pytest.mark.parametrize(
+    ("name", "regions"), [("qwen3_moe", False), ("qwen3_moe", True), ("mixtral", False), ("deepseek_v3", False)]
+)
+def test_decode_writes_each_cache_once_and_equals_eager_after_8_steps(name, regions, monkeypatch):
     want, want_cache = decode(tiny_model(name, experts="batched_mm"), 6, 8)
-    compiled = torch.compile(tiny_model(name, experts="batched_mm"), backend="dbo", options=ALWAYS, fullgraph=True)
+    model = tiny_model(name, experts="batched_mm")
+    if regions:
+        layer = type(model.model.layers[0])
+        monkeypatch.setattr(layer, "forward", torch.compiler.nested_compile_region(layer.forward))
+    compiled = torch.compile(model, backend="dbo", options=ALWAYS, fullgraph=True)
     got, cache = decode(compiled, 6, 8)
     torch.testing.assert_close(got, want, rtol=0.0, atol=1e-6 if name == "deepseek_v3" else 1e-12)
     for layer, other in zip(cache.layers, want_cache.layers, strict=True):

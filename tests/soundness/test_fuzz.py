@@ -31,19 +31,21 @@ TOKEN_DIMS = {"v0": 0, "v1": 0, "v2": 0, "buf": 0}
 pytestmark = pytest.mark.usefixtures("group")
 
 
-def function(source):
+def function(source, regions=()):
+    """The function; those of `regions` that it calls are nested compile regions."""
     scope = constants(dist.group.WORLD)
+    scope |= {name: torch.compiler.nested_compile_region(scope[name]) for name in regions}
     exec(source, scope)
     return scope["fn"]
 
 
-def check(source, sizes, num_microbatches=2, policy="list"):
+def check(source, sizes, num_microbatches=2, policy="list", regions=()):
     """Compiled and eager agree, in what they return and in what they write; gives the report."""
     torch._dynamo.reset()
     eager = function(source)
     options = {"split": "always", "inner": "eager", "num_microbatches": num_microbatches, "token_dims": TOKEN_DIMS}
     options["policy"] = policy
-    compiled = torch.compile(function(source), backend="dbo", options=options, fullgraph=True)
+    compiled = torch.compile(function(source, regions), backend="dbo", options=options, fullgraph=True)
     for n in sizes:
         mine, its = arguments(n), arguments(n)
         with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=True):
@@ -76,11 +78,12 @@ def test_a_random_function_does_what_it_does_in_eager(data):
     source = data.draw(functions(dist.group.WORLD, most=60 if LONG else 30))
     num_microbatches = data.draw(st.sampled_from([2, 2, 3, 4]))
     first = data.draw(st.sampled_from([11, 8, 7]))
+    regions = data.draw(st.sets(st.sampled_from(["block", "experts"])))
     policy = data.draw(st.sampled_from(list(POLICIES)))
     RandomCosts.seed = data.draw(st.integers(0, 9))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compilation, "CostModel", RandomCosts)
-        report = check(source, (first, 7, 5, 10, 3, 2), num_microbatches, policy)
+        report = check(source, (first, 7, 5, 10, 3, 2), num_microbatches, policy, regions)
     if report.levels is not None:
         _, let_pass = accepted(report.levels.program, report.levels.schedule)
         assert let_pass == []
