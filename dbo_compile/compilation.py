@@ -55,15 +55,19 @@ class Compilation:
 
     def without_trust(self) -> Programs | None:
         """Programs that take nothing on trust; None if these do not either, or there are none."""
-        if not (trusted := self.levels.tokens.obligations):
-            return None
+        refuted: dict[fx.Node, str] = {}
+        levels, programs = self.levels, self.programs
         try:
-            made = build(self._traced, self._config, whole=dict.fromkeys(trusted, REFUTED))
+            while trusted := levels.tokens.obligations:  # what comes of barriers may be taken on trust elsewhere
+                refuted |= dict.fromkeys(trusted, REFUTED)
+                levels, programs = build(self._traced, self._config, whole=refuted)
         except (NotSplit, InvalidSchedule) as why:
             logger.info("no program takes nothing on trust: %s", why)
             return None
-        self.levels, self.programs = made
-        return self.programs
+        if not refuted:
+            return None
+        self.levels, self.programs = levels, programs
+        return programs
 
     def by_costs(self, costs: Costs) -> Programs | None:
         """The split program again, by measured costs; None if they change nothing."""

@@ -57,7 +57,7 @@ class Gate:
         """
         trial = Trial(self._ways, self._ways.agreement, num_rows, args)
         fault = trial.fault(cut)
-        while fault and cut.rows and (other := self._without_trust(fault)):
+        if fault and cut.rows and (other := self._without_trust(fault)):
             self._ways.programs = other
             cut = recut()
             fault = trial.fault(cut) if cut.rows else fault

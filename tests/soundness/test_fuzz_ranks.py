@@ -129,6 +129,22 @@ def test_rows_that_never_come_back_are_taken_on_trust_and_then_are_not(monkeypat
         check(ONE_WAY)
 
 
+REFUTED_TWICE = """
+def fn(v0, v1, v2, buf, cache):
+    twice = v0.expand(2, -1, -1).reshape(-1, 6)
+    order = v1.sort(stable=True)[0].sort(stable=True, descending=True)[1].argsort()
+    back = (order // 2).argsort(stable=True)
+    sums = torch.zeros_like(twice).index_add(0, back, twice[back] @ W)
+    rows = torch.cat([sums[:, 2:], sums[:, :2]], 1)[back]
+    return table[torch.arange(rows.shape[0]) % 9] + rows,
+"""
+
+
+def test_what_is_made_instead_of_what_was_trusted_trusts_nothing():
+    """Once the sum is a barrier, what it is made of would be taken on trust, and is wrong as well."""
+    assert check(REFUTED_TWICE) == len(SIZES)
+
+
 @hypothesis.seed(SEED)
 @settings(
     max_examples=NUM_EXAMPLES, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck)
