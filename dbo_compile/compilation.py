@@ -56,28 +56,34 @@ class Compilation:
     def without_trust(self) -> Programs | None:
         """Programs that take nothing on trust; None if these do not either, or there are none."""
         refuted: dict[fx.Node, str] = {}
-        levels, programs = self.levels, self.programs
+        placed = self.levels.tokens
         try:
-            while trusted := levels.tokens.obligations:  # what comes of barriers may be taken on trust elsewhere
+            while trusted := placed.obligations:  # what comes of a barrier may be taken on trust elsewhere
                 refuted |= dict.fromkeys(trusted, REFUTED)
-                levels, programs = build(self._traced, self._config, whole=refuted)
+                placed = place(self._traced, refuted)
+            if not refuted:
+                return None
+            made = build(self._traced, self._config, whole=refuted)
         except (NotSplit, InvalidSchedule) as why:
             logger.info("no program takes nothing on trust: %s", why)
             return None
-        if not refuted:
-            return None
-        self.levels, self.programs = levels, programs
-        return programs
+        self.levels, self.programs = made
+        return self.programs
 
     def by_costs(self, costs: Costs) -> Programs | None:
         """The split program again, by measured costs; None if they change nothing."""
         return refined(self.levels, self.programs, costs)
 
 
+def place(traced: Traced, whole: Mapping[fx.Node, str]) -> TokenMap:
+    """Where the tokens are; `whole` holds ops that are to be barriers, with the reason."""
+    return analyze(traced.gm.graph, traced.token_dims, traced.symbols, whole, traced.given)
+
+
 def build(traced: Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> tuple[Levels, Programs]:
-    """The passes, one level after the other; `whole` holds ops that are to be barriers, with the reason."""
+    """The passes, one level after the other; for `whole` see `place`."""
     gm, symbols, n = traced.gm, traced.symbols, config.num_microbatches
-    placed = analyze(gm.graph, traced.token_dims, symbols, whole, traced.given)
+    placed = place(traced, whole)
     segments = outline(gm, cut(gm.graph, placed), placed, symbols)
     model = CostModel(gm.graph)
     costs = {name: model.seconds(segments.groups[name]) for name in segments.codes}

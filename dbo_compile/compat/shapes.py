@@ -76,8 +76,8 @@ class OtherNumbers:
     def __init__(self, symbols: Iterable[sympy.Symbol]) -> None:
         self._mode = cast("Any", TracingContext.get().fake_mode)
         self._new: dict[sympy.Symbol, sympy.Symbol] = {}
+        env = self._mode.shape_env
         for symbol in symbols:
-            env = self._mode.shape_env
             with env.ignore_fresh_unbacked_symbols():  # a copy of a node makes it, not an op that runs now
                 self._new[symbol] = env.create_unbacked_symint().node.expr
             env.var_to_range[self._new[symbol]] = env.var_to_range[symbol]
