@@ -76,6 +76,7 @@ class OtherNumbers:
     def __init__(self, symbols: Iterable[sympy.Symbol]) -> None:
         self._mode = cast("Any", TracingContext.get().fake_mode)
         self._new: dict[sympy.Symbol, sympy.Symbol] = {}
+        self._alike: dict[tuple[Any, ...], torch.Tensor] = {}
         env = self._mode.shape_env
         for symbol in symbols:
             with env.ignore_fresh_unbacked_symbols():  # a copy of a node makes it, not an op that runs now
@@ -91,11 +92,15 @@ class OtherNumbers:
         return self._number(val)
 
     def _tensor(self, val: torch.Tensor) -> torch.Tensor:
-        if not any(map(self._is_renamed, (*val.shape, *val.stride()))):
+        dims = (*val.shape, *val.stride())
+        if not any(map(self._is_renamed, dims)):
             return val
-        sizes, strides = (list(map(self._number, dims)) for dims in (val.shape, val.stride()))
-        with self._mode:
-            return torch.empty_strided(sizes, strides, dtype=val.dtype, device=val.device)
+        key = (*(d if isinstance(d, int) else d.node.expr for d in dims), val.dtype, val.device)
+        if key not in self._alike:  # making one takes long, and many values of a layer are alike
+            sizes, strides = (list(map(self._number, dims)) for dims in (val.shape, val.stride()))
+            with self._mode:
+                self._alike[key] = torch.empty_strided(sizes, strides, dtype=val.dtype, device=val.device)
+        return self._alike[key]
 
     def _number(self, val: Any) -> Any:
         if not self._is_renamed(val):
