@@ -78,9 +78,10 @@ class OtherNumbers:
         self._new: dict[sympy.Symbol, sympy.Symbol] = {}
         self._alike: dict[tuple[Any, ...], torch.Tensor] = {}
         env = self._mode.shape_env
-        for symbol in symbols:
+        for symbol in sorted(symbols, key=str):  # on every rank in the same order
+            make = env.create_unbacked_symint if symbol.is_integer else env.create_unbacked_symfloat
             with env.ignore_fresh_unbacked_symbols():  # a copy of a node makes it, not an op that runs now
-                self._new[symbol] = env.create_unbacked_symint().node.expr
+                self._new[symbol] = make().node.expr
             env.var_to_range[self._new[symbol]] = env.var_to_range[symbol]
 
     def value(self, val: Any) -> Any:

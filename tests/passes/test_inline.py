@@ -99,6 +99,16 @@ def test_each_call_has_numbers_of_its_own():
     assert len(set(products)) == 2
 
 
+def test_numbers_that_are_no_integers():
+    @nested_compile_region
+    def scaled(x):
+        return funcol.all_reduce(x @ W, "sum", dist.group.WORLD) * W.max().item() + int(W.argmax())
+
+    graph = run(lambda x: scaled(scaled(x).tanh()), rows(9, 8)).levels.graph
+    reads = [g.expression(g.value(node)) for node in graph.nodes if g.reads_number(node)]
+    assert sorted(bool(symbol.is_integer) for symbol in set(reads)) == [False, False, True, True]
+
+
 def cached(x, cache, position):
     cache.index_copy_(0, position, x)
     return x @ W + cache[: len(x)]
