@@ -210,6 +210,14 @@ def test_the_table_of_the_readme_is_that_of_the_benchmark():
     assert re.findall(r"\b\d\.\d\d\b", text) == wanted
 
 
+def test_the_seconds_of_the_first_call_are_those_of_the_benchmark():
+    header, *measured = rows_of(DOCS / "results" / "compile.md", "| layers | Inductor |")
+    (_, *layers), *shown = rows_of(DOCS / "when-it-pays.md", "| seconds, layers |")
+    seconds = {(row[0], name): cell for row in measured for name, cell in zip(header, row, strict=True)}
+    for name, *each in shown:
+        assert each == [seconds[n, name] for n in layers], name
+
+
 def test_the_architectures_that_are_split_are_those_of_the_result():
     share = re.search(r"(\d+ of \d+) are split whole", text_of("docs/results/architectures.md"))
     assert f"[{share[1]}](docs/results/architectures.md)" in text_of("README.md")
