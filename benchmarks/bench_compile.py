@@ -140,7 +140,7 @@ def where_it_went(our_passes: float) -> dict[str, float]:
     """The seconds of each of `PARTS` so far, by PyTorch's own clocks."""
     spent = {name: sum(seconds) for name, seconds in compilation_time_metrics.items()}
     in_backend = spent["OutputGraph.call_user_compiler"]
-    inductor = spent.get("compile_fx.<locals>.fw_compiler_base", 0.0)  # not where it found all in its cache
+    inductor = spent["compile_fx.<locals>.fw_compiler_base"]
     dynamo = spent["_compile.compile_inner"] - in_backend
     return dict(zip(PARTS, (dynamo, in_backend - our_passes - inductor, our_passes, inductor), strict=True))
 

@@ -44,6 +44,17 @@ class Traced:
         """The inputs that hold sizes of what is given."""
         return given_numbers(self.gm.graph, self.given, self.symbols)
 
+    def sizes(self, num_parts: int) -> dict[sympy.Symbol, int]:
+        """What symbols stand for in one of `num_parts` parts of the call that was traced, `TOKENS` as well.
+
+        Never 0 or 1 tokens, on which a compiler would specialise. Numbers of requests are left out: a microbatch may
+        have one, or none.
+        """
+        own = {g.expression(g.value(node)) for node in self.own}
+        num_rows = max(2, self.hints[TOKENS] // num_parts)
+        known = {symbol: hint for symbol, hint in self.hints.items() if symbol not in own}
+        return known | dict.fromkeys((TOKENS, *self.symbols), num_rows)
+
 
 def as_traced(
     gm: fx.GraphModule,

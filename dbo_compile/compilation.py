@@ -82,10 +82,10 @@ def place(traced: Traced, whole: Mapping[fx.Node, str]) -> TokenMap:
 
 def build(traced: Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> tuple[Levels, Programs]:
     """The passes, one level after the other; for `whole` see `place`."""
-    gm, symbols, n = traced.gm, traced.symbols, config.num_microbatches
+    graph, n = traced.gm.graph, config.num_microbatches
     placed = place(traced, whole)
-    segments = outline(gm, cut(gm.graph, placed), placed, symbols)
-    model = CostModel(gm.graph)
+    segments = outline(traced.gm, cut(graph, placed), placed, traced.symbols)
+    model = CostModel(graph)
     costs = {name: model.seconds(segments.groups[name]) for name in segments.codes}
 
     def cost(step: Step) -> float:
@@ -93,34 +93,18 @@ def build(traced: Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> tu
 
     schedules = {m: make_schedule(segments, placed, cost, m, config.policy) for m in (1, n)}
     programs = {m: make_program(segments, schedule) for m, schedule in schedules.items()}
-
     apart = make_apart(segments, placed, cost, programs[n], config.policy)
 
     parts, once = ({s.code for s in segments.segments.values() if s.per_microbatch is part} for part in (True, False))
-    own = {g.expression(g.value(node)) for node in traced.own}
-    known = {symbol: hint for symbol, hint in traced.hints.items() if symbol not in own}
-    rows = {part: max(2, known[TOKENS] // (n if part else 1)) for part in (True, False)}
-
-    def hints(code: str) -> dict[sympy.Symbol, int]:
-        """The tokens that a code is played on, and never 0 or 1, on which a compiler would specialise. Numbers of
-        requests have no hint: a microbatch may have one, or none."""
-        return {**known, TOKENS: rows[code in parts]}
-
-    models = {part: CostModel(gm.graph, {**known, **dict.fromkeys(symbols, rows[part])}) for part in rows}
-
-    def expected(run: Run) -> float:
-        part = run.microbatch is not None
-        return models[part].seconds(segments.groups[segments.segments[run.segment].code])
-
-    compiled = inner.compile_codes(segments.codes, hints, inner=config.inner)
+    sizes = {True: traced.sizes(n), False: traced.sizes(1)}
+    compiled = inner.compile_codes(segments.codes, lambda code: sizes[code in parts], inner=config.inner)
     fns = {name: c.fn for name, c in compiled.items()}
     modules = {m: emit(p, fns, segments.outputs) for m, p in programs.items()}
-    guards = [*_graph_guards(gm.graph, symbols), *_guards(compiled, parts)]
-    others = [s for s in g.symbol_inputs(gm.graph) if s not in symbols]
-    levels = Levels(gm.graph, placed, segments, schedules[n], programs[n], modules[n], known[TOKENS], expected)
+    expected = _modelled(segments, graph, sizes)
+    levels = Levels(graph, placed, segments, schedules[n], programs[n], modules[n], sizes[False][TOKENS], expected)
     return levels, Programs(
         modules,
-        Guards(list(dict.fromkeys(guards)), others, once=list(dict.fromkeys(_guards(compiled, once)))),
+        _guards(traced, compiled, parts, once),
         programs[n].fingerprint,
         trusts=tuple(dict.fromkeys(placed.obligations.values())),
         codes={name: s.code for name, s in segments.segments.items()},
@@ -130,8 +114,29 @@ def build(traced: Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> tu
     )
 
 
-def _guards(compiled: Mapping[str, inner.Compiled], codes: Collection[str]) -> list[sympy.Expr]:
-    return [guard for name, c in compiled.items() if name in codes for guard in c.guards]
+def _modelled(
+    segments: Outline, graph: fx.Graph, sizes: Mapping[bool, Mapping[sympy.Symbol, int]]
+) -> Callable[[Run], float]:
+    """How long runs take by the model where symbols have these sizes: those of a microbatch (True) or of a step."""
+    models = {part: CostModel(graph, known) for part, known in sizes.items()}
+
+    def seconds(run: Run) -> float:
+        return models[run.microbatch is not None].seconds(segments.groups[segments.segments[run.segment].code])
+
+    return seconds
+
+
+def _guards(
+    traced: Traced, compiled: Mapping[str, inner.Compiled], parts: Collection[str], once: Collection[str]
+) -> Guards:
+    """What the graph and its codes assume of the rows that they are played on, a microbatch's or all of them."""
+
+    def of(codes: Collection[str]) -> list[sympy.Expr]:
+        return [guard for name, c in compiled.items() if name in codes for guard in c.guards]
+
+    guards = [*_graph_guards(traced.gm.graph, traced.symbols), *of(parts)]
+    others = [s for s in g.symbol_inputs(traced.gm.graph) if s not in traced.symbols]
+    return Guards(list(dict.fromkeys(guards)), others, once=list(dict.fromkeys(of(once))))
 
 
 def refined(levels: Levels, programs: Programs, costs: Costs) -> Programs | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -63,6 +64,18 @@ def test_every_all_to_all_is_on_the_comm_lane_and_nothing_is_a_barrier(implement
 
 def test_more_layers_are_no_more_codes(levels, deep):
     assert len(levels.outline.codes) == len(deep.outline.codes)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="this PyTorch has Dynamo trace every call of a region")
+@pytest.mark.usefixtures("group")
+def test_dynamo_traces_one_of_the_layers_that_are_regions(monkeypatch):
+    """It would trace each if one of them changed its experts, as transformers does around an exchange."""
+    layer, told = type(tiny_model("qwen3_moe", experts="grouped_mm").model.layers[0]), Mock()
+    monkeypatch.setattr(layer, "forward", torch.compiler.nested_compile_region(layer.forward))
+    monkeypatch.setattr("torch._dynamo.variables.invoke_subgraph.hc_log", told)
+    levels_of(4)
+    reused = [call for call in told.debug.call_args_list if "cache hit" in call.args[0]]
+    assert len(reused) == 2 * 3  # Dynamo traces twice, as the number of tokens becomes a symbol
 
 
 def reads_counts(segment, levels):
