@@ -132,7 +132,7 @@ def compile_graph(
     requests: Sequence[capture.RequestTensor] = (),
 ) -> tuple[Compilation, Engine]:
     """Every level of an ATen graph, top to bottom, and at the end the engine that plays it."""
-    whole = compat.lazy_module(gm, copy.copy(gm.graph))
+    whole = compat.lazy_module(gm, g.copied(gm.graph))
     inline_regions(gm)
     _refuse_sizes_from_data(gm.graph)
     compat.reinplace(gm)

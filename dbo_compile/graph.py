@@ -104,6 +104,13 @@ def symbols_of(val: Any) -> set[sympy.Symbol]:
     return set(expression(val).free_symbols) if isinstance(val, SYMBOLIC) else set()
 
 
+def copied(graph: fx.Graph) -> fx.Graph:
+    """Another graph with nodes of its own, which share the fake values; `copy.copy` would share the nodes, too."""
+    new = fx.Graph()
+    new.output(new.graph_copy(graph, {}))
+    return new
+
+
 def map_nodes(args: Any, fn: Callable[[fx.Node], Any]) -> Any:
     return fx.node.map_aggregate(args, lambda a: fn(a) if isinstance(a, fx.Node) else a)
 

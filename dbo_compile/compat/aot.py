@@ -107,8 +107,8 @@ def whole_graph_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> C
 def segment_inductor(gm: fx.GraphModule, inputs: Sequence[Any], shapes: SegmentShapes) -> Compiled:
     """Compile one segment; `inputs` are fake values of `shapes`."""
     for node in gm.graph.nodes:
-        node.meta.pop("unbacked_bindings", None)  # of another shape environment, whose numbers would be looked up here
-    FakeTensorProp(gm, mode=shapes.mode).propagate_dont_convert_inputs(*inputs)
+        for key in ("val", "unbacked_bindings"):  # of another shape environment, whose numbers would be looked up here
+            node.meta.pop(key, None)
     for placeholder, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         placeholder.meta["val"] = value  # torch 2.11 leaves the value of a symbolic placeholder stale
     with tracing(TracingContext(shapes.mode)):
