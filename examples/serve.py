@@ -4,7 +4,7 @@ Each step plays what a rank has: a piece of the prompt of a new request, one mor
 requests takes part all the same, as its experts are needed. Nothing of the model is edited, and nothing but the
 decorator on `Server.step` is there for dual-batch overlap. Run by `make serve-demo`.
 
-The loop is our own: that of transformers (`generate_batch`, 5.23) plays no step while a rank has no requests, and
+The loop is our own: that of transformers (`generate_batch`, 5.24) plays no step while a rank has no requests, and
 cannot be asked to take part in one. The experts of that rank would be missing, and the others would wait for them.
 """
 

@@ -1,9 +1,9 @@
 """Paged attention of transformers' continuous batching as one op, so that a step of it is one graph.
 
-`continuous_batching()` puts it in the place of "sdpa". transformers itself breaks the graph in every layer, as the
-caches of all layers are views of one tensor, which AOTAutograd would copy. The op is given that tensor whole, and
-writes it in place. Attention over sliding windows, and over block tables (the fast path of decode, flash attention
-only), stays as transformers has it.
+`continuous_batching()` puts it in the place of "sdpa", and of what that attends to: transformers itself updates the
+cache first, and breaks the graph there in every layer, as the caches of all layers are views of one tensor, which
+AOTAutograd would copy. The op is given that tensor whole, and writes it in place. Attention over sliding windows, and
+over block tables (the fast path of decode, flash attention only), stays as transformers has it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from dbo_compile.rules.requests import register_attention_op
 
 TOKEN_DIMS = {"input_ids": 1, "position_ids": 1, "attention_mask": 2, "write_index": 0}
 """The `token_dims` of a step of continuous batching, whatever the model."""
+CACHE = "dbo_paged_cache"
+"""What attention is given a cache under that is not updated yet."""
 
 
 @torch.library.custom_op("dbo_compile::paged_attention", mutates_args=("cache",))
@@ -82,9 +84,13 @@ def continuous_batching() -> None:
         )
     """
     AttentionInterface.register("sdpa", attention)
-    if not hasattr(ContinuousBatchingIOs.get_model_kwargs, "__wrapped__"):
-        wrapped: Any = _with_keys_in_the_cache(ContinuousBatchingIOs.get_model_kwargs)
-        ContinuousBatchingIOs.get_model_kwargs = wrapped  # type: ignore[method-assign]
+    for owner, name, around in (
+        (ContinuousBatchingIOs, "get_model_kwargs", _with_keys_in_the_cache),
+        (PagedAttentionCache, "update", _left_to_the_op),
+    ):
+        if not getattr(getattr(owner, name), "is_ours", False):
+            setattr(owner, name, around(getattr(owner, name)))
+            getattr(owner, name).is_ours = True
 
 
 def attention(
@@ -96,17 +102,33 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' "sdpa", with a paged cache as one op."""
-    cache, layer = kwargs.get("cache"), module.layer_idx
-    allocator: Any = cache.layer_to_allocator[layer] if isinstance(cache, PagedAttentionCache) else None
-    if allocator is None or allocator.layer_type != FULL_ATTENTION or kwargs.get("block_table") is not None:
+    cache, layer = kwargs.pop(CACHE, None), module.layer_idx
+    if cache is None:
         made: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return made
+    allocator = cache.layer_to_allocator[layer]
     at = 2 * allocator.layer_indices.index(layer) * allocator.tokens_per_page
     out = torch.ops.dbo_compile.paged_attention(
         query, key, value, attention_mask, allocator.cache_tensor, kwargs["write_index"][allocator.index],
         kwargs["read_index"][allocator.index], at, at + allocator.tokens_per_page, kwargs.get("scaling"),
     )  # fmt: skip
     return out, None
+
+
+def _left_to_the_op(update: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the op is what attends, it updates the cache as well: `kwargs`, which attention is given, take it there."""
+
+    def wrapped(  # no `wraps`: it would copy the mark by which Dynamo leaves transformers' own alone
+        self: PagedAttentionCache, key: torch.Tensor, value: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        is_whole = self.layer_to_allocator[layer_idx].layer_type == FULL_ATTENTION and kwargs.get("block_table") is None
+        if self.config._attn_implementation == "sdpa" and is_whole:
+            kwargs[CACHE] = self
+            return key, value
+        updated: tuple[torch.Tensor, torch.Tensor] = update(self, key, value, layer_idx, kwargs)
+        return updated
+
+    return wrapped
 
 
 def _with_keys_in_the_cache(get_model_kwargs: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, CompileConfig, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -23,10 +24,10 @@ pytestmark = pytest.mark.usefixtures("group")
 @pytest.fixture
 def _one_op():
     """Paged attention as one op, for one test."""
-    get_model_kwargs = ContinuousBatchingIOs.get_model_kwargs
+    get_model_kwargs, update = ContinuousBatchingIOs.get_model_kwargs, PagedAttentionCache.update
     continuous_batching()
     yield
-    ContinuousBatchingIOs.get_model_kwargs = get_model_kwargs
+    ContinuousBatchingIOs.get_model_kwargs, PagedAttentionCache.update = get_model_kwargs, update
     AttentionInterface.register("sdpa", sdpa_attention_forward)
 
 
