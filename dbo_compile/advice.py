@@ -18,7 +18,7 @@ _ADVICE = (
     (r"splitting changed", "Find the op with dbo_compile.verify; a rule of yours may promise too much."),
     (r"is split from \d+ tokens on", "Lower the option min_tokens, if splitting pays at that size."),
     (r"specialised|no other size of the model", "Call it first with a number of tokens that is no other size."),
-    (r"token inputs differ|of different sizes", "Name the inputs that carry tokens with the option token_dims."),
+    (r"inputs differ in|of different sizes", "Name the inputs that carry tokens with the option token_dims."),
     (r"the graph is made for", "Call it first with several requests: a size that is 1 in the first call is fixed."),
     (r"which tokens belong to one request", "Tell it of the requests: token_dims={'cu_seqlens': CuSeqlens()}, say."),
     (r"has to stay whole", "Say with register_attention_op what caches attention has: then a request may be cut."),

@@ -62,10 +62,9 @@ def as_traced(
     axes: Mapping[str, tuple[fx.Node, Axis]] = MappingProxyType({}),
 ) -> Traced:
     """Find the symbols of a graph; raises `NotSplit` if tokens or requests cannot be told from other sizes."""
-    symbols = tuple(dict.fromkeys(g.expression(g.value(n).shape[d]) for n, d in token_dims.items()))
+    token_dims, symbols = _rows_of_tokens(token_dims)
     if not all(symbol.is_Symbol for symbol in symbols):
         raise NotSplit(capture.SPECIALISED)
-    token_dims = _rows_of_tokens(token_dims, symbols)
     numbers = [g.value(n) for n in g.inputs(gm.graph) if g.is_symbolic_number(n)]
     hints = {g.expression(number): int(number.node.hint) for number in numbers}
     num_tokens = max(hints.pop(s) for s in symbols)
@@ -73,15 +72,29 @@ def as_traced(
     return Traced(gm, token_dims, symbols, {TOKENS: num_tokens, **hints}, axes, given)
 
 
-def _rows_of_tokens(token_dims: Mapping[fx.Node, int], symbols: Sequence[sympy.Symbol]) -> dict[fx.Node, int]:
-    """The inputs that carry tokens, without those that have a number for each pair of tokens, as masks have."""
-    sizes = {node: [g.expression(size) for size in g.value(node).shape] for node in token_dims}
-    apart = {n: d for n, d in token_dims.items() if not any(s.has(*symbols) for s in sizes[n][:d] + sizes[n][d + 1 :])}
-    if not apart:
+def _rows_of_tokens(token_dims: Mapping[fx.Node, int]) -> tuple[dict[fx.Node, int], tuple[sympy.Expr, ...]]:
+    """The inputs that carry tokens, and the symbols that count these; the first input tells what tokens are.
+
+    Left out are those that have a number for each pair of tokens, as masks have, and those whose rows count something
+    else that was just as many in the call that was traced: the size of another dim of a token is no number of tokens.
+    """
+    rows: dict[fx.Node, int] = {}
+    counts: dict[sympy.Expr, None] = {}
+    others: set[sympy.Expr] = set()
+    for node, dim in token_dims.items():
+        sizes = [g.expression(size) for size in g.value(node).shape]
+        count, beside = sizes.pop(dim), sizes
+        if count not in counts and count in others:
+            continue
+        counts[count] = None
+        if not any(size.has(*counts) for size in beside):
+            rows[node] = dim
+            others.update(beside)
+    if not rows:
         name = next(iter(token_dims)).name
         raise NotSplit(f"{name} has another dim whose size is traced as the number of tokens: call it first "
                        "with a number of tokens that is no other size of the model")
-    return apart
+    return rows, tuple(counts)
 
 
 def signature_of(

@@ -102,7 +102,7 @@ def _split(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, gr
     tokens = capture.token_tensors(gm, example_inputs, config.token_dims)
     requests = capture.request_tensors(gm, example_inputs, config.token_dims)
     num_tokens = tokens[0].tensor.shape[tokens[0].dim]
-    capture.make_symbolic(tokens, requests, capture.dims_as_long(gm, example_inputs, num_tokens))
+    tokens = capture.make_symbolic(tokens, requests, capture.dims_as_long(gm, example_inputs, num_tokens))
     agreement = _agreement(groups, config, tokens[0].tensor.device)
 
     report = Report(captured=gm.graph)

@@ -21,13 +21,15 @@ SPECIALISED = "the model was specialised to the number of tokens that it was fir
 
 @dataclass(frozen=True, slots=True)
 class TokenTensor:
-    """An argument that carries tokens: where it stands among the arguments, its token dim, its name for people."""
+    """An argument that carries tokens: where it stands among the arguments, its token dim, its name for people, and
+    whether `token_dims` says so or its length is all that speaks for it."""
 
     index: int
     placeholder: fx.Node
     tensor: torch.Tensor
     dim: int
     name: str
+    is_named: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +72,12 @@ def _overloads(target: Any) -> Iterator[Any]:
 def token_tensors(
     gm: fx.GraphModule, example_inputs: Sequence[Any], token_dims: Mapping[str, int | Axis] | None
 ) -> list[TokenTensor]:
-    """The arguments that carry tokens: those that `token_dims` names; if it names none of this graph's, every tensor
-    that is no weight and whose dim 0 is as long as the first one's, which is one that the caller passes if there is
-    any. Raises `NotSplit` if there are none.
+    """The arguments that carry tokens, the one that tells their number first: those that `token_dims` names; if it
+    names none of this graph's, every tensor that is no weight and whose dim 0 is as long as the first one's, which is
+    one that the caller passes if there is any. Raises `NotSplit` if there are none.
 
-    A wrong guess costs time, never a wrong answer: placing values is sound for whatever is sliced.
+    A wrong guess costs time, never a wrong answer: placing values is sound for whatever is sliced, and calls in which
+    these differ in length are not split.
     """
     found = [
         TokenTensor(i, node, x, 0, _short_name(node))
@@ -83,7 +86,7 @@ def token_tensors(
     ]
     dims, known = dims_of_tokens(token_dims or {}), token_dims or {}
     found = [t for t in found if t.name in dims or t.name not in known]
-    named = [replace(t, dim=_checked_dim(t, dims[t.name])) for t in found if t.name in dims]
+    named = [replace(t, dim=_checked_dim(t, dims[t.name]), is_named=True) for t in found if t.name in dims]
     if named:
         if len({t.tensor.shape[t.dim] for t in named}) > 1:
             sizes = ", ".join(f"{t.name} (dim {t.dim}): {t.tensor.shape[t.dim]}" for t in named)
@@ -95,7 +98,8 @@ def token_tensors(
     if dims and first.tensor.shape[0] == 1:
         names = ", ".join(t.name for t in found)
         raise NotSplit(f"token_dims names none of its inputs ({names}), and in dim 0 they have a single token")
-    return [t for t in found if t.tensor.shape[0] == first.tensor.shape[0]]
+    others = [t for t in found if t is not first and t.tensor.shape[0] == first.tensor.shape[0]]
+    return [first, *others]
 
 
 def request_tensors(
@@ -135,8 +139,9 @@ def make_symbolic(
     tokens: Sequence[TokenTensor],
     requests: Sequence[RequestTensor] = (),
     others: Sequence[tuple[torch.Tensor, int]] = (),
-) -> None:
-    """Return if every token dim is a symbol of this trace; else have Dynamo trace again, or raise `NotSplit`.
+) -> list[TokenTensor]:
+    """The arguments that carry tokens, whose token dims are symbols of this trace; where they are not, have Dynamo
+    trace again, or raise `NotSplit`. One that was guessed, and has another fixed size there, carries none.
 
     Dims that count requests are made symbols of their own in the same way, where they can be; `others` are if token
     dims cannot be without them.
@@ -148,11 +153,13 @@ def make_symbolic(
             compat.ask_for_dynamic(t.tensor, t.dim)
         compat.trace_again("dbo: the number of requests becomes a symbol")
     if not fixed:
-        return
+        return list(tokens)
     if all(t.tensor.shape[t.dim] == 1 for t in fixed):
         raise NotSplit("it has a single token")
     if any([compat.ask_for_dynamic(t.tensor, t.dim) for t in fixed]):
         compat.trace_again("dbo: the token dim becomes a symbol")
+    if tokens[0] not in fixed and not any(t.is_named for t in fixed):
+        return [t for t in tokens if t not in fixed]
     if any([compat.ask_for_dynamic(tensor, dim) for tensor, dim in others]):
         compat.trace_again("dbo: dims as long as the token dim become symbols")
     names = ", ".join(f"{t.name} (dim {t.dim})" for t in fixed)

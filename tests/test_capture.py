@@ -73,9 +73,7 @@ def test_two_symbols_that_disagree_at_a_later_call_are_played_as_traced():
     calls = [lambda s=s: (values(s[0], 3), values(s[1], 4)) for s in sizes]
     (report,) = check(two, *calls, mark=(0, 0))
     assert (report.calls, report.calls_split) == (3, 2)
-    assert report.decline_counts == {
-        "its token inputs differ in their number of tokens (x: 6, y: 9); see token_dims": 1
-    }
+    assert report.decline_counts == {"its inputs differ in their number of tokens (x: 6, y: 9); see token_dims": 1}
 
 
 def test_inputs_of_the_same_name_are_told_apart():
@@ -87,7 +85,7 @@ def test_inputs_of_the_same_name_are_told_apart():
                 torch._dynamo.mark_dynamic(x, 0)
             torch.testing.assert_close(compiled(xs), listed(xs), **EXACT)
     assert reports()[-1].decline_counts == {
-        f"its token inputs differ in their number of tokens (xs: {a}, xs: {b}); see token_dims": 1
+        f"its inputs differ in their number of tokens (xs: {a}, xs: {b}); see token_dims": 1
         for a, b in [(6, 9), (9, 4)]
     }
 
@@ -107,6 +105,32 @@ def test_parameters_and_buffers_are_never_taken_for_tokens():
 
     (report,) = check(Table(), *rows(7, 9))
     assert [t.name for t in report.engine.signature.token_inputs] == ["x"]
+
+
+WIDTHS = {
+    "a global": lambda x: (x @ SQUARE).sin(),
+    "an argument": lambda x, w: (x @ w).sin(),
+    "an argument before the tokens": lambda w, x: (x @ w).sin(),
+    "a factor for each column": lambda x, s: x * s,
+    "a table as well": lambda x: x + TABLE[(x @ SQUARE).argmax(-1)],
+}
+SQUARE, TABLE = values(8, 4, seed=2), values(64, 8, seed=3)
+
+
+@pytest.mark.parametrize("what", WIDTHS)
+@pytest.mark.parametrize("options", [ALWAYS, INDUCTOR], ids=["eager", "inductor"])
+def test_what_is_as_long_as_the_tokens_of_the_first_call_need_not_carry_any(what, options):
+    """The first call has as many tokens as a token is wide."""
+    of_columns = {
+        "an argument": [SQUARE],
+        "an argument before the tokens": [SQUARE],
+        "a factor for each column": [TABLE[0]],
+    }
+    others = of_columns.get(what, [])
+    order = -1 if "before" in what else 1
+    calls = [lambda n=n: tuple([values(n, 8), *[w.clone() for w in others]][::order]) for n in (8, 60, 61, 9)]
+    (report, *_) = check(WIDTHS[what], *calls, options=options)
+    assert (report.calls, report.calls_split) == (4, 4)
 
 
 @pytest.mark.parametrize("dim", [1, -1])

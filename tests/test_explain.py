@@ -223,7 +223,7 @@ def test_the_measured_share_is_that_of_calls_that_were_split():
         "rank 1 has 9 tokens, and a decode is split from 10 tokens on",
         "3 tokens do not make 2 microbatches of at least 2",
         "no split of 9 tokens keeps what the graph was compiled for: Eq(Mod(T, 8), 0)",
-        "its token inputs differ in their number of tokens (x: 9, y: 7); see token_dims",
+        "its inputs differ in their number of tokens (x: 9, y: 7); see token_dims",
         "another rank cannot split it",
         "inductor was timed to be faster",
         "timing it unsplit",

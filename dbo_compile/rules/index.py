@@ -32,6 +32,7 @@ from dbo_compile.rules.rows import (
     rows_of,
     token_dim,
 )
+from dbo_compile.rules.view import by_place
 
 aten = torch.ops.aten
 
@@ -86,7 +87,7 @@ def _read_shared(r: Region) -> Ruling:
         return Ruling(Split(r.front + token_dim(indices)))
     if any(v.dim is not None for v in indices):
         raise CannotSplit(MIXES)
-    if any(v.is_position and order_of(v) for v in indices):
+    if any(v.is_position for v in indices):
         raise CannotSplit("it reads what all tokens share by the row numbers of a microbatch")
     return Ruling(Local(_order_after(r)))
 
@@ -120,8 +121,8 @@ def _read_local(r: Region) -> Ruling:
     if len(indices) == 1 and first is not None and first.ndim == 1 and is_inverse(first):
         return _returned(source, first)
     if all(isinstance(v.place, Shared) for v in indices):
-        if not source.is_integer and any(d in r.indices for d in rows_of(source)):
-            raise CannotSplit("it takes rows of a microbatch by their position")
+        if any(d in r.indices for d in rows_of(source)):
+            return Ruling(by_place(source, "it takes rows of a microbatch by their position"))
         order = order_of(source) if 0 not in r.indices and r.dim(0) == 0 else ""
         return Ruling(Local(order, position=source.is_position))
     if any(v.is_local for v in indices) and any(v.dim is not None and not v.is_position for v in indices):
@@ -198,8 +199,8 @@ def _gather_local(source: Value, dim: int, numbers: Value) -> Ruling:
         return _returned(source, numbers)
     if numbers.dim is not None and source.ndim > 1:
         raise CannotSplit(MIXES)
-    if not numbers.is_local and not source.is_integer and rows_of(source):
-        raise CannotSplit("it takes rows of a microbatch by their position")
+    if not numbers.is_local and rows_of(source):
+        return own(by_place(source, "it takes rows of a microbatch by their position"), numbers)
     if dim > 0 and numbers.is_local and order_of(numbers) == order_of(source):
         return Ruling(ordered(source, order_of(source)))
     return own(Local(position=source.is_position), numbers)

@@ -1,7 +1,8 @@
 """Ops that take pieces of a value, put values together, or turn a dim round: never along the token dim.
 
 Taking some of a microbatch's own rows (`Local`) by plain numbers would drop other rows than on all tokens at once.
-Integers are let through: the last of running counts is a count, neighbours among sorted expert numbers show borders.
+Integers are let through as positions, which may lay rows out but say nothing of a token: the last of running counts is
+a count, neighbours among sorted expert numbers show borders.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dbo_compile.ir.tokens import Local, Placement, Ruling, Shared, Value
 from dbo_compile.rules.create import Size, any_local, is_own
 from dbo_compile.rules.pointwise import combined, renewed, tensors
 from dbo_compile.rules.registry import rule
-from dbo_compile.rules.view import moved, unordered
+from dbo_compile.rules.view import by_place, moved, unordered
 
 aten = torch.ops.aten
 
@@ -29,8 +30,8 @@ ONE = sympy.Integer(1)
 def _piece(x: Value, dim: int, *bounds: Size | None) -> Placement:
     """Where the rows of a piece of `x` are that lies between `bounds` along `dim`, and need not be all of `x`."""
     if isinstance(x.place, Local):
-        if x.is_rows(dim) and not x.is_integer and not any(map(is_own, bounds)):
-            raise CannotSplit("it takes rows of a microbatch by their position")
+        if x.is_rows(dim) and not any_local(bounds):
+            return by_place(x, "it takes rows of a microbatch by their position")
         return unordered(x.place) if dim == 0 else x.place
     if isinstance(x.place, Shared) and any_local(bounds):
         return Local()
@@ -159,8 +160,8 @@ def _written(x: Value, src: Value, dim: int) -> Placement | Ruling:
     """`x` with `src` in place of a piece of it along `dim`."""
     if dim in (x.dim, src.dim):
         raise CannotSplit(f"it writes over some of the tokens, which are in dim {dim}")
-    if x.is_local and x.is_rows(dim) and not x.is_integer:
-        raise CannotSplit("it writes over rows of a microbatch by their position")
+    if x.is_local and x.is_rows(dim):
+        x = replace(x, place=by_place(x, "it writes over rows of a microbatch by their position"))
     ruling = combined([_with_size(x, dim, ONE), _with_size(src, dim, ONE)])
     return replace(ruling, place=unordered(ruling.place)) if isinstance(ruling.place, Local) and dim == 0 else ruling
 
@@ -177,12 +178,13 @@ def constant_pad_nd(x: Value, pad: Sequence[Size], value: Any = 0) -> Placement:
     """`pad` has two sizes for each dim, from the last dim on backwards."""
     tensors([value])
     padded = {x.ndim - 1 - i // 2 for i, size in enumerate(pad) if size != 0}
-    if not x.is_local:
-        if any_local(pad) and isinstance(x.place, Shared):
-            return Local()
-        tensors(pad)
+    if any_local(pad) and isinstance(x.place, Shared):
+        return Local()
+    tensors([size for size in pad if not (x.is_local and any_local([size]))])
     if x.dim in padded:
         raise CannotSplit(f"it pads the token dim {x.dim}")
+    if x.is_local and any(map(x.is_rows, padded)) and any(isinstance(size, int) and size < 0 for size in pad):
+        return by_place(x, "it takes rows of a microbatch by their position")
     return renewed(replace(x, place=_unordered_along(x, padded)))
 
 
@@ -202,8 +204,8 @@ def _turned(x: Value, dims: set[int]) -> Placement:
     """`x` with elements moved along `dims`."""
     if x.dim in dims:
         raise CannotSplit(f"it moves rows of tokens along the token dim {x.dim}")
-    if x.is_local and not x.is_integer and any(map(x.is_rows, dims)):
-        raise CannotSplit("it moves rows of a microbatch by their position")
+    if x.is_local and any(map(x.is_rows, dims)):
+        return by_place(x, "it moves rows of a microbatch by their position")
     return _unordered_along(x, dims)
 
 

@@ -1,7 +1,7 @@
 """Ops that treat every element alone: tokens stay where they are, dims are aligned from the right.
 
 `Local` rows keep their order as long as nothing else has rows. Numbers that count or number rows (`position`) may be
-computed with, but not compared with what is not such a number itself: which rows pass would depend on the split.
+computed with, but not compared: which rows pass would depend on the split.
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 # Ops by name: the overloads of each and their variants in place are alike.
-COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
-BOUNDS = frozenset({
-    "clamp", "clamp_max", "clamp_min", "clip", "fmax", "fmin", "heaviside", "max", "maximum", "min", "minimum",
-})  # fmt: skip
-# Each of these compares with a bound of its own, mostly with zero.
-INNER_BOUNDS = frozenset({
+COMPARING = frozenset({
+    "clamp", "clamp_max", "clamp_min", "clip", "eq", "fmax", "fmin", "ge", "gt", "heaviside", "le", "lt", "max",
+    "maximum", "min", "minimum", "ne",
+    # with a bound of their own, mostly zero
     "celu", "elu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logical_and", "logical_not",
     "logical_or", "logical_xor", "relu", "relu6", "selu", "sgn", "sign", "signbit", "softshrink", "threshold",
 })  # fmt: skip
@@ -47,7 +45,7 @@ UNTAGGED = (
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.zero.default,
 )  # fmt: skip
 
-BOUNDED = "it compares positions or counts of rows with a bound: which rows pass would depend on the split"
+BOUNDED = "it compares positions or counts of rows: which rows pass would depend on the split"
 NUMBERS_ROWS = frozenset({torch.int32, torch.int64})
 """Types that hold every row number: what is cast to one of them from another still leads to the same rows."""
 
@@ -163,24 +161,9 @@ def elementwise(*args: Any, **kwargs: Any) -> Ruling:
     return combined(tensors(args, [*kwargs.values()]))
 
 
-def bound(*args: Any, **kwargs: Any) -> Ruling:
-    """Positions may be compared with positions alone: other `Local` may hold a bound (`full_like(positions, 4)`)."""
-    leaves = [*_leaves([args, [*kwargs.values()]])]
-    numbers_rows = [leaf.is_position for leaf in leaves if isinstance(leaf, Value)]
-    ruling = elementwise(*leaves)
-    bounds = len(numbers_rows) == 1 or not all(numbers_rows) or any(isinstance(a, int | float | Number) for a in leaves)
-    if isinstance(ruling.place, Local) and ruling.place.position and bounds:
-        raise CannotSplit(BOUNDED)
-    return ruling
-
-
-def comparison(*args: Any, **kwargs: Any) -> Ruling:
-    """A comparison: true and false number no rows."""
-    ruling = bound(*args, **kwargs)
-    return replace(ruling, place=Local(ruling.place.order)) if isinstance(ruling.place, Local) else ruling
-
-
-def inner_bound(*args: Any, **kwargs: Any) -> Ruling:
+def comparing(*args: Any, **kwargs: Any) -> Ruling:
+    """Positions are compared with nothing, not even with each other: which of a microbatch's rows pass (`2 * position <
+    count`, say, or the expert that has most) would depend on the split."""
     ruling = elementwise(*args, **kwargs)
     if isinstance(ruling.place, Local) and ruling.place.position:
         raise CannotSplit(BOUNDED)
@@ -240,10 +223,7 @@ def writing(fn: Rule) -> Rule:
 
 def _family(name: str) -> Rule:
     """The rule of the op of this name."""
-    for names, fn in ((COMPARISONS, comparison), (BOUNDS, bound), (INNER_BOUNDS, inner_bound)):
-        if name in names:
-            return fn
-    return elementwise
+    return comparing if name in COMPARING else elementwise
 
 
 def _register() -> None:

@@ -32,6 +32,7 @@ from dbo_compile.rules.rows import (
     rows_of,
     token_dim,
 )
+from dbo_compile.rules.view import by_place
 
 aten = torch.ops.aten
 
@@ -213,8 +214,8 @@ def _write_own(w: Write) -> Ruling:
     adds_up = w.adds or not arranges  # else each row has a place of its own
     if isinstance(buffer.place, Shared) and adds_up and any(v.is_local for v in indices):
         raise CannotSplit(SHARED_BUFFER)
-    if not buffer.is_integer and _writes_by_place(w):
-        raise CannotSplit("it writes over rows of a microbatch by their position")
+    if _writes_by_place(w):
+        return own(by_place(buffer, "it writes over rows of a microbatch by their position"), buffer, *written)
     return own(_updated(w, written), buffer, *written)
 
 

@@ -41,6 +41,14 @@ def unordered(place: Local) -> Local:
     return Local(position=place.position)
 
 
+def by_place(x: Value, refused: str) -> Local:
+    """What is made of a microbatch's own rows by where they are in it: other rows than it would be of all tokens, so
+    integers alone, and as positions, of which no token may depend."""
+    if not x.is_integer:
+        raise CannotSplit(refused)
+    return Local(position=True)
+
+
 def blocks(number: sympy.Expr | int) -> Local:
     """Rows in blocks one after the other, each with all tokens in their order: of a copy, or of a dim outside."""
     return Local(order=f"{number} blocks of all tokens")

@@ -106,9 +106,9 @@ class Engine:
 
     def _call(self, plan: BatchPlan, call: Call) -> Any:
         if not call.is_even:
-            pairs = zip(self.signature.token_inputs, call.sizes, strict=True)
+            pairs = zip(self.signature.token_inputs, call.sizes, strict=False)
             listed = ", ".join(f"{t.name}: {size}" for t, size in pairs)
-            self._declined(f"its token inputs differ in their number of tokens ({listed}); see token_dims")
+            self._declined(f"its inputs differ in their number of tokens ({listed}); see token_dims")
             return self.ways.whole.eager(*call.args)
         turn = self.planner.turn(plan, call)
         self.calls.cuts.note(call.table, turn.cut)

@@ -48,8 +48,8 @@ class Signature:
     whole_requests: bool = False
 
     def sizes(self, args: Sequence[Any]) -> list[int]:
-        """The number of tokens, as each token input has it."""
-        return [args[t.index].shape[t.dim] for t in self.token_inputs]
+        """The number of tokens, as each token input has it, and then each number that counts them."""
+        return [*(args[t.index].shape[t.dim] for t in self.token_inputs), *(args[i] for i in self.token_numbers)]
 
     def others(self, args: Sequence[Any]) -> tuple[int, ...]:
         """The values of the symbols that do not count tokens."""

@@ -200,7 +200,7 @@ def test_rows_picked_by_their_number_are_written_back_there():
             Local("by_expert"),
         ),
         (lambda: ask(aten.index_put.default, ROWS, [local(3 * T, dtype=BOOL)], shared(1, 4)), Local()),
-        (lambda: ask(aten.index_fill.int_Scalar, local(U, dtype=INT, order="by_expert"), 0, shared(2), 0), Local()),
+        (lambda: ask(aten.index_fill.int_Scalar, local(U, dtype=INT, order="by_expert"), 0, shared(2), 0), NUMBERED),
         (lambda: ask(aten.index_put.default, tokens(T, 4), [PERM], local(4), True), Local()),
         (lambda: ask(aten.index_put.default, tokens(T, 4), [PERM], local(1, 4), True), Local()),
         (lambda: ask(aten.index_add.default, tokens(T, position=True), 0, PERM, local(3 * T)), NUMBERED),

@@ -118,7 +118,7 @@ def test_sorting_and_adding_up_integers_gives_rows_of_a_microbatch_s_own(place, 
         (lambda: ask(aten.topk.default, tokens(T, 5), count(T)), "it computes with the number of tokens"),
         (lambda: ask(aten.cumsum.default, local(U), 0), "it adds up values of many tokens"),
         (lambda: ask(aten.cumprod.default, tokens(T, dtype=INT), 0), "it runs over many tokens"),
-        (lambda: ask(aten.bucketize.Tensor, local(5, position=True), shared(2)), "with a bound"),
+        (lambda: ask(aten.bucketize.Tensor, local(5, position=True), shared(2)), "positions or counts of rows"),
         (lambda: ask(aten.searchsorted.Tensor, tokens(T, 5), shared(T, 2)), "it searches what other tokens hold"),
         (lambda: ask(aten.searchsorted.Tensor, shared(T, 5), tokens(T, 2)), "it searches what other tokens hold"),
         (

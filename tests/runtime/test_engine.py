@@ -136,7 +136,7 @@ def test_inputs_that_differ_in_their_tokens_are_played_as_traced_whatever_their_
     assert found(torch.ones(9, 2), torch.ones(9)) == ((5, 4),)
     assert found(torch.ones(9, 2), torch.ones(7)) == ("whole",)
     assert found.calls.declined == {
-        "its token inputs differ in their number of tokens (xs: 9, xs: 7); see token_dims": 1
+        "its inputs differ in their number of tokens (xs: 9, xs: 7); see token_dims": 1
     }
 
 
