@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from benchmarks import gpu, gpu_programs, gpu_setting, gpu_ways
 from benchmarks.gpu_model import TINY, inputs, make_stack
@@ -267,6 +268,16 @@ def test_two_threads_compute_what_one_does(phase):
     stack = make_stack(TINY, "cpu")
     x = inputs(TINY, phase, 21, "cpu", length=3)
     torch.testing.assert_close(TwoThreads(stack, torch.device("cpu"))(*x), stack(*x), rtol=0.02, atol=0.02)
+
+
+@torch.no_grad()
+def test_two_threads_are_compiled_once_for_all_sizes():
+    compiled = CompileCounter()
+    threads = TwoThreads(torch.compile(make_stack(TINY, "cpu"), backend=compiled, fullgraph=True), torch.device("cpu"))
+    setting = Setting("cpu", tiny=True)
+    for num_tokens in (10, 6):
+        threads(*setting.inputs("decode", num_tokens))
+    assert compiled.frame_count == 1
 
 
 def test_an_error_in_a_thread_reaches_the_caller_and_the_other_ends():
