@@ -35,10 +35,10 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "prefill": Part(partial(steps, "prefill"), 3),
+    "prefill": Part(partial(steps, "prefill"), 4),
     "decode": Part(partial(steps, "decode"), 3),
-    "capture": Part(capture, 1.5),
-    "auto": Part(auto, 2.5),
+    "capture": Part(capture, 1),
+    "auto": Part(auto, 2),
 }
 
 
