@@ -35,7 +35,7 @@ class TwoThreads:
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         compute = torch.cuda.current_stream(self.device) if self.on_gpu else None
-        halves = list(zip(*(x.tensor_split(2) for x in inputs), strict=True))
+        halves = list(zip(*map(_halves, inputs), strict=True))
         outs: list[Any] = [None, None]
         self.over = [False, False]
         threads = [  # in a context of its own a thread would compile with PyTorch's default configuration
@@ -92,6 +92,14 @@ class TwoThreads:
         compute.wait_event(arrived)
         out.record_stream(compute)
         return out
+
+
+def _halves(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Dynamic where the whole is: else the first size would be compiled by itself, and the second again for all."""
+    halves = x.tensor_split(2)
+    for half in halves:
+        torch._dynamo.maybe_mark_dynamic(half, 0)
+    return halves
 
 
 @torch.library.custom_op("dbo_bench::exchange_in_turn", mutates_args=())
