@@ -21,7 +21,7 @@ from dbo_compile.runtime.cuts import CutSteps
 from dbo_compile.runtime.engine import Engine
 from dbo_compile.runtime.tune import Decision, Size, decisions_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +74,12 @@ class Report:
     @property
     def num_comm_ops(self) -> int:
         return sum(s.lane is Lane.COMM for s in self.levels.outline.segments.values()) if self.levels else 0
+
+    @property
+    def hidden_comm(self) -> float | None:
+        """The share of communication that the clock predicts to lie under compute, 0 to 1; None where there is none, or
+        the graph is not split."""
+        return self.levels.timeline.hidden_comm if self.levels and self.split else None
 
     @property
     def fingerprint(self) -> str:
@@ -140,7 +146,7 @@ def _with_lines(why: Mapping[fx.Node, str]) -> dict[str, str]:
     return {f"{n.name} ({line})" if (line := g.source_line(n)) else n.name: reason for n, reason in why.items()}
 
 
-def times(timeline: Timeline) -> dict[str, float]:
+def times(timeline: Timeline) -> dict[str, float | None]:
     """A timeline in four numbers: seconds in all, seconds that each lane is busy, the hidden share of communication."""
     busy = {lane.value: timeline.busy(lane) for lane in Lane}
     return {"seconds": timeline.makespan, **busy, "hidden_comm": timeline.hidden_comm}

@@ -21,6 +21,7 @@ from dbo_compile import register_rule, reports
 from dbo_compile.advice import ANY, advice
 from dbo_compile.explanation import Explanation, explain, verify
 from dbo_compile.ir.tokens import Split
+from dbo_compile.page import graph_page
 from dbo_compile.report import MOST_GONE
 from tests.schema import faults, report_schema
 from tests.tensors import values
@@ -201,6 +202,31 @@ def test_an_explanation_is_plain_data_as_its_schema_says(options):
     assert json.loads(json.dumps(found)) == found
     assert found["split"] == (options is EAGER)
     assert [faults(graph, report_schema()) for graph in found["graphs"]] == [[]]
+
+
+def test_a_graph_that_communicates_nothing_says_so_instead_of_a_share():
+    found = explain(torch.exp, values(9, 5), options=ALWAYS)
+    assert (found.split, found.hidden_comm, found.hidden_comm_measured) == (True, 0.0, None)
+    assert [report.hidden_comm for report in found.reports] == [None]
+    assert "\n    no communication\n" in str(found)
+    assert "hidden" not in str(found)
+    (graph,) = found.to_dict()["graphs"]
+    assert [times["hidden_comm"] for times in (graph["predicted"], *graph["measured"])] == [None, None]
+    assert faults(graph, report_schema()) == []
+    assert "no communication" in graph_page(graph, "", [])
+
+
+def test_the_hidden_share_is_the_mean_of_the_graphs_that_communicate():
+    def broken(x):
+        y = funcol.all_reduce(x.exp() @ WEIGHT, "sum", dist.group.WORLD).sin()
+        torch._dynamo.graph_break()
+        return y + 1
+
+    found = explain(broken, values(9, 5), options=ALWAYS)
+    assert [report.split for report in found.reports] == [True, True]
+    assert found.hidden_comm == found.reports[0].hidden_comm
+    assert 0 < found.hidden_comm < 1
+    assert found.hidden_comm_measured == found.timelines[0].hidden_comm
 
 
 def test_the_measured_share_is_that_of_calls_that_were_split():
