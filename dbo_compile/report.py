@@ -24,7 +24,7 @@ from dbo_compile.runtime.tune import Decision, Size, decisions_text
 SCHEMA_VERSION = 2
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Report:
     """One compiled graph. `calls`, `calls_split` and `decline_counts` go on counting.
 
@@ -112,6 +112,14 @@ class Report:
     def cuts(self) -> CutSteps | None:
         """How the steps so far were cut by their requests; None for a graph that is not told of requests."""
         return self.engine.calls.cuts if self.engine and self.engine.signature.requests else None
+
+    def __repr__(self) -> str:
+        """One line: `<Report 0: split in 2 microbatches, 13 segments, 5 of 9 calls were split>`, or why not."""
+        what = f"not split: {' '.join(self.reason.split())}"
+        if self.split:
+            what = f"split in {self.num_microbatches} microbatches, {self.num_segments} segments, "
+            what += f"{self.calls_split} of {self.calls} calls were split"
+        return f"<Report {self.number}: {what}>"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data, in the form of `report.schema.json` in this package."""

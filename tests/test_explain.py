@@ -22,7 +22,7 @@ from dbo_compile.advice import ANY, advice
 from dbo_compile.explanation import Explanation, explain, verify
 from dbo_compile.ir.tokens import Split
 from dbo_compile.page import graph_page
-from dbo_compile.report import MOST_GONE
+from dbo_compile.report import MOST_GONE, Report
 from tests.schema import faults, report_schema
 from tests.tensors import values
 
@@ -421,6 +421,16 @@ def test_a_report_of_a_graph_that_is_not_split_counts_nothing():
     assert (report.split, report.num_microbatches, report.num_segments, report.num_unique_segments) == (False, 1, 0, 0)
     assert (report.num_comm_ops, report.fingerprint, report.barriers, report.obligations) == (0, "", {}, {})
     assert (report.calls, report.calls_split, report.decline_counts) == (0, 0, {})
+
+
+def test_a_report_prints_in_one_line():
+    split, whole = (explain(fn, values(9, 5), options=EAGER).reports[0] for fn in (sharded, torch.exp))
+    assert str(split) == f"<Report {split.number}: split in 2 microbatches, 4 segments, 2 of 2 calls were split>"
+    reason = 'it has no communication to hide; split="always" splits it all the same'
+    assert repr([whole]) == f"[<Report {whole.number}: not split: {reason}>]"
+    assert str(Report(number=3, why="no program can be made of it: step 1: too early\na#0\nb#0 <-- HERE")) == (
+        "<Report 3: not split: no program can be made of it: step 1: too early a#0 b#0 <-- HERE>"
+    )
 
 
 @pytest.mark.parametrize("split", ["always", "never"])
