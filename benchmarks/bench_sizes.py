@@ -1,12 +1,12 @@
-"""Never slower: `split="auto"` against Inductor on the whole graph, from 1 to 4096 tokens, over links of several rates.
+"""The fastest of four ways: `split="auto"` against Inductor on the whole graph, from 1 to 4096 tokens.
 
     python -m benchmarks.bench_sizes [--sizes 1 2 ...] [--ratios 0.25 1 4] [--quick] [--write]
     python -m benchmarks.bench_sizes --every [--ratios 1] [--write]
 
-Model and link are those of `bench_link`. Every call is of `size` sequences of one token, so that each number of tokens
-can be had. The first calls of each size are dbo's trials and are not timed; both variants are compiled with a symbolic
-number of tokens. Inductor is measured twice, so that one sees which ratios are noise. Without root both ranks
-talk over loopback, whose rate is what it is.
+The model is that of `bench_link`, and so is the link, at several rates. Every call is of `size` sequences of one
+token, so that each number of tokens can be had. The first calls of each size are dbo's trials and are not timed; both
+variants are compiled with a symbolic number of tokens. Inductor is measured twice, so that one sees which ratios are
+noise. Without root both ranks talk over loopback, whose rate is what it is.
 
 `--every` takes every size from 1 to 512, on the small model; sizes that are decided together are tried once.
 """
@@ -73,7 +73,7 @@ ABOUT = (
 Row = tuple[str, int, str, str, float, float, str]
 
 
-TITLES = {False: "Never slower", True: "Never slower, every size"}
+TITLES = {False: "The fastest of four ways", True: "The fastest of four ways, every size"}
 RATIO, AGAIN = 4, 5
 COLUMNS = ("link", "tokens", "Inductor ms", "dbo ms", "dbo / Inductor", "Inductor again", "chosen (trials)")
 

@@ -71,7 +71,8 @@ def svg(charts: Sequence[Chart], theme: str = "auto") -> str:
 def summary(timeline: Timeline) -> str:
     """One line of a timeline in seconds: `12.3 ms, compute busy 10.1, comm busy 4.0, 83% of communication hidden`."""
     busy = ", ".join(f"{lane.value} busy {_number(timeline.busy(lane) * 1e3, 3)}" for lane in Lane)
-    hidden = f"{timeline.hidden_comm:.0%} of communication hidden" if timeline.on(Lane.COMM) else "no communication"
+    share = timeline.hidden_comm
+    hidden = "no communication" if share is None else f"{share:.0%} of communication hidden"
     return f"{_number(timeline.makespan * 1e3, 3)} ms, {busy}, {hidden}"
 
 

@@ -28,6 +28,10 @@ from dbo_compile.kinds import (
     is_number,
     named,
 )
+from dbo_compile.log import warn_once
+
+OTHER_VARIABLES = ("DBO_LOGS",)
+"""What is read of the environment and is no option."""
 
 
 def _option(default: Any, kind: Kind, meaning: str, *, shared: bool = True) -> Any:
@@ -40,7 +44,11 @@ def _option(default: Any, kind: Kind, meaning: str, *, shared: bool = True) -> A
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Config:
-    """What `torch.compile(model, backend="dbo", options={...})` can be told. A wrong value raises `ValueError`."""
+    """What `torch.compile(model, backend="dbo", options={...})` can be told. A wrong value raises `ValueError`.
+
+    Called by itself it is a dataclass like any other, for which a name that there is not is a `TypeError`; what a user
+    says comes in by `from_options`.
+    """
 
     num_microbatches: int = _option(2, integer(1, 8), "How many microbatches the tokens of a step are split into.")
     split: Literal["auto", "always", "never"] = _option(
@@ -134,18 +142,20 @@ class Config:
         """The options that a user gave, each overridden by the environment variable `DBO_<NAME>`.
 
         A variable is text: numbers, words and names as they are, `true` or `false`, sizes as `64,256`, mappings as
-        JSON, `none` for None. An empty one counts as not set.
+        JSON, `none` for None. An empty one counts as not set; of one that there is not, one warning is logged. Raises
+        `ValueError` for a wrong value, and for a name that there is not, with the nearest that there is.
         """
         known = {option.name: option for option in fields(cls)}
+        variables = {name: f"DBO_{name.upper()}" for name in known}
+        _warn_of_unknown(environ, [*variables.values(), *OTHER_VARIABLES])
         values: dict[str, Any] = {}
         for name, value in (options or {}).items():
             if name not in known:
                 raise ValueError(_unknown(name, list(known)))
             values[name] = _checked(known[name], known[name].metadata["kind"].accept, value, source="options")
         for name, option in known.items():
-            variable = f"DBO_{name.upper()}"
-            if text := environ.get(variable, "").strip():
-                source = f"the environment variable {variable}"
+            if text := environ.get(variables[name], "").strip():
+                source = f"the environment variable {variables[name]}"
                 values[name] = _checked(option, option.metadata["kind"].read, text, source=source)
         return cls(**values)
 
@@ -173,6 +183,12 @@ def _checked(option: Field[Any], make: Conversion, given: Any, *, source: str) -
     except ValueError:
         expected = option.metadata["kind"].expected
         raise ValueError(f"{option.name}={given!r} (from {source}): expected {expected}") from None
+
+
+def _warn_of_unknown(environ: Mapping[str, str], known: list[str]) -> None:
+    for name in environ:
+        if name.startswith("DBO_") and name not in known:
+            warn_once(name, "%s is ignored: there is no such variable%s", name, nearest(name, known))
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -26,7 +26,7 @@ from dbo_compile.integrations.transformers import expert_parallel
 from dbo_compile.ir.schedule import Lane
 from dbo_compile.measure import measured
 from dbo_compile.report import Report, reports
-from dbo_compile.runtime.clock import Timeline, chart
+from dbo_compile.runtime.clock import Timeline, chart, hidden_text
 
 WORLD_SIZE = 2
 BATCH, LENGTH = 8, 64
@@ -145,15 +145,13 @@ def _check(report: Report, difference: float) -> None:
 
 
 def _lines(report: Report, difference: float, times: Mapping[str, float], timeline: Timeline) -> list[str]:
-    assert report.levels is not None
-    predicted = report.levels.timeline
     return [
         f"equal to one process in eager mode: largest difference {difference:.1e} of the largest logit",
         f"split in {report.num_microbatches} microbatches of {BATCH // 2} sequences: {report.num_segments} segments, "
         f"{report.num_unique_segments} of them compiled, {report.num_comm_ops} all-to-alls, all on the comm lane",
         f"not split: {report.barriers or 'nothing'}; program {report.fingerprint}",
         f"on trust, {len(report.obligations)} times: {next(iter(report.obligations.values()), 'nothing')}",
-        f"hidden communication: {predicted.hidden_comm:.0%} predicted, {timeline.hidden_comm:.0%} measured",
+        hidden_text(predicted=report.hidden_comm, measured=timeline.hidden_comm),
         "step: " + ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in times.items()),
         f'split="auto", which times this for every size, would play {min(times, key=times.__getitem__)} here',
         "(two ranks on one machine talk through memory: communication is computing there, and little is gained by",

@@ -57,15 +57,16 @@ class Explanation:
 
     @property
     def hidden_comm(self) -> float:
-        """The share of communication that the clock predicts to lie under compute, in [0, 1]."""
-        hidden = [r.levels.timeline.hidden_comm for r in self.reports if r.levels]
-        return sum(hidden) / len(hidden) if hidden else 0.0
+        """The share of communication that the clock predicts to lie under compute, in [0, 1]: the mean of the split
+        graphs that communicate, 0 if there are none."""
+        return _mean([r.hidden_comm for r in self.reports]) or 0.0
 
     @property
     def hidden_comm_measured(self) -> float | None:
-        """The share of communication that lay under compute in the calls that were timed; None if none was split."""
+        """The share of communication that lay under compute in the calls that were timed; None if none of these was
+        split and communicated."""
         split = [t for t in self.timelines if t and any(i.microbatch is not None for i in t.intervals)]
-        return sum(t.hidden_comm for t in split) / len(split) if split else None
+        return _mean([t.hidden_comm for t in split])
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data; `graphs` are as `report.schema.json` in this package says."""
@@ -84,6 +85,12 @@ class Explanation:
 
     def _timelines(self) -> tuple[Timeline | None, ...]:
         return self.timelines or (None,) * len(self.reports)
+
+
+def _mean(shares: Sequence[float | None]) -> float | None:
+    """The mean of those that are known, None if none is."""
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None
 
 
 def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Explanation:

@@ -11,7 +11,7 @@ from dbo_compile.chart import summary, svg
 from dbo_compile.ir.schedule import Segment
 from dbo_compile.levels import Levels
 from dbo_compile.report import Report
-from dbo_compile.runtime.clock import Timeline, chart
+from dbo_compile.runtime.clock import Timeline, chart, hidden_text
 from dbo_compile.runtime.cuts import CutSteps
 
 WIDTH = 100
@@ -36,9 +36,8 @@ def _lines(index: int, report: Report, measured: Timeline | None) -> Iterator[st
         yield from _paragraph(f"what to do: {advice(report.reason)}", 4, indent=4)
         return
     yield from _paragraph(f"graph {index}: {_headline(report)}", 4)
-    predicted = f"{levels.timeline.hidden_comm:.0%} predicted"
-    taken = f", {measured.hidden_comm:.0%} measured" if measured and _is_split(measured) else ""
-    yield f"    communication hidden: {predicted}{taken}"
+    taken = measured.hidden_comm if measured and _is_split(measured) else None
+    yield f"    {hidden_text(predicted=levels.timeline.hidden_comm, measured=taken)}"
     yield from _reasons("barriers (played once on all tokens)", report.barriers)
     yield from _pairs("taken on trust (checked by dbo_compile.verify)", report.obligations)
     declined = {f"{reason}: {times}": reason for reason, times in report.decline_counts.items()}

@@ -8,6 +8,7 @@ from math import isnan
 from typing import Any
 
 from dbo_compile.advice import advice
+from dbo_compile.runtime.clock import hidden_text
 
 STYLE = """
 :root { color-scheme: light dark; --text: #222; --faint: #6b6b6b; --back: #fff; --line: #ddd; --link: #2458a6; }
@@ -89,14 +90,14 @@ def _segments(segments: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _summary(report: Mapping[str, Any]) -> str:
-    measured = report.get("measured", [])
     calls = report["calls"]
+    shares = {"predicted": report["predicted"]["hidden_comm"]}
+    if measured := report.get("measured"):
+        shares["measured"] = measured[-1]["hidden_comm"]
     return (
         f"{report['num_microbatches']} microbatches, {report['num_segments']} segments of which "
         f"{report['num_unique_segments']} differ, {report['num_comm_ops']} collectives. "
-        f"{calls['split']} of {calls['total']} calls were split. "
-        f"Communication hidden: {report['predicted']['hidden_comm']:.0%} predicted"
-        + (f", {measured[-1]['hidden_comm']:.0%} measured." if measured else ".")
+        f"{calls['split']} of {calls['total']} calls were split; {hidden_text(**shares)}."
     )
 
 

@@ -21,10 +21,10 @@ from dbo_compile.runtime.cuts import CutSteps
 from dbo_compile.runtime.engine import Engine
 from dbo_compile.runtime.tune import Decision, Size, decisions_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Report:
     """One compiled graph. `calls`, `calls_split` and `decline_counts` go on counting.
 
@@ -76,6 +76,12 @@ class Report:
         return sum(s.lane is Lane.COMM for s in self.levels.outline.segments.values()) if self.levels else 0
 
     @property
+    def hidden_comm(self) -> float | None:
+        """The share of communication that the clock predicts to lie under compute, 0 to 1; None where there is none, or
+        the graph is not split."""
+        return self.levels.timeline.hidden_comm if self.levels and self.split else None
+
+    @property
     def fingerprint(self) -> str:
         """What the ranks of a group must have in common; "" for a graph that is not split."""
         return self.engine.fingerprint if self.engine else ""
@@ -106,6 +112,14 @@ class Report:
     def cuts(self) -> CutSteps | None:
         """How the steps so far were cut by their requests; None for a graph that is not told of requests."""
         return self.engine.calls.cuts if self.engine and self.engine.signature.requests else None
+
+    def __repr__(self) -> str:
+        """One line: `<Report 0: split in 2 microbatches, 13 segments, 5 of 9 calls were split>`, or why not."""
+        what = f"not split: {' '.join(self.reason.split())}"
+        if self.split:
+            what = f"split in {self.num_microbatches} microbatches, {self.num_segments} segments, "
+            what += f"{self.calls_split} of {self.calls} calls were split"
+        return f"<Report {self.number}: {what}>"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data, in the form of `report.schema.json` in this package."""
@@ -140,7 +154,7 @@ def _with_lines(why: Mapping[fx.Node, str]) -> dict[str, str]:
     return {f"{n.name} ({line})" if (line := g.source_line(n)) else n.name: reason for n, reason in why.items()}
 
 
-def times(timeline: Timeline) -> dict[str, float]:
+def times(timeline: Timeline) -> dict[str, float | None]:
     """A timeline in four numbers: seconds in all, seconds that each lane is busy, the hidden share of communication."""
     busy = {lane.value: timeline.busy(lane) for lane in Lane}
     return {"seconds": timeline.makespan, **busy, "hidden_comm": timeline.hidden_comm}

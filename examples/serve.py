@@ -202,7 +202,7 @@ def _show(rank: int, found: dict[str, tuple[list[list[int]], float]], timelines:
         say(f"  {count} steps were not split: {why}")
     for r in graphs:
         assert r.split, r.reason
-    hidden = [t.hidden_comm for t in timelines]
+    hidden = [share for t in timelines if (share := t.hidden_comm) is not None]
     if hidden:
         say(f"hidden communication: {statistics.mean(hidden):.0%} of the time that it took, on average over steps")
 

@@ -8,7 +8,10 @@ from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
+import dbo_compile
 from dbo_compile.config import Config
 
 NAMES = [
@@ -201,6 +204,37 @@ def test_an_unknown_option_is_an_error_that_names_the_nearest_one_and_lists_all(
 def test_an_unknown_option_like_no_other_is_given_no_wild_guess():
     with pytest.raises(ValueError, match=exactly(f"unknown option 'zzz'. The options are: {', '.join(NAMES)}")):
         Config.from_options({"zzz": 3}, {})
+
+
+def test_a_variable_that_is_like_none_of_ours_but_by_its_beginning_is_one_warning(caplog):
+    environ = {"DBO_SPILT": "never", "DBO_LOGS": "info", "DBO_SPLIT": "always", "VLLM_DBO": "1", "DBO_ZZZ": "1"}
+    with caplog.at_level("WARNING", "dbo_compile"):
+        assert [Config.from_options({}, environ).split for _ in range(2)] == ["always"] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "DBO_SPILT is ignored: there is no such variable; did you mean 'DBO_SPLIT'?",
+        "DBO_ZZZ is ignored: there is no such variable.",
+    ]
+
+
+def test_the_nearest_to_a_variable_may_be_one_that_is_no_option(caplog):
+    with caplog.at_level("WARNING", "dbo_compile"):
+        Config.from_options({}, {"DBO_LOG": "info"})
+    assert [record.getMessage().rpartition(" ")[2] for record in caplog.records] == ["'DBO_LOGS'?"]
+
+
+def test_every_variable_in_the_code_is_known(caplog):
+    modules = Path(dbo_compile.__file__).parent.rglob("*.py")
+    named = {name for module in modules for name in re.findall(r"\bDBO_[A-Z]\w+", module.read_text())}
+    assert {"DBO_LOGS", "DBO_SPLIT", "DBO_DUMP"} <= named
+    Config.from_options({}, dict.fromkeys(named, ""))
+    assert caplog.records == []
+
+
+def test_torch_compile_tells_of_a_wrong_option_at_the_first_call():
+    compiled = torch.compile(torch.sin, backend="dbo", options={"splt": "never"})
+    with pytest.raises(BackendCompilerFailed, match="ValueError: unknown option 'splt'; did you mean 'split'") as error:
+        compiled(torch.ones(3))
+    assert isinstance(error.value.inner_exception, ValueError)
 
 
 def test_a_config_prints_in_one_line_what_differs_from_the_defaults():

@@ -114,7 +114,7 @@ def test_pages_link_what_is_there_and_load_nothing(tmp_path):
 
 
 REPORT = {
-    "version": 1, "split": True, "reason": "", "num_microbatches": 2, "num_segments": 9, "num_unique_segments": 8,
+    "version": 2, "split": True, "reason": "", "num_microbatches": 2, "num_segments": 9, "num_unique_segments": 8,
     "num_comm_ops": 3, "fingerprint": "0123456789abcdef", "obligations": [{"op": "x", "assumes": "<&>"}],
     "barriers": [{"op": "mean (model.py:12, x.mean(0))", "reason": "it reduces over the token dim 0"}],
     "segments": [{"name": "attn", "lane": "compute", "times": 2, "seconds": 1e-3, "code": "attn", "module": "m.attn"}],

@@ -85,6 +85,12 @@ def test_what_the_documentation_calls_is_there():
             assert hasattr(dbo_compile, name), f"{page}: dbo_compile.{name}"
 
 
+def test_what_the_documentation_reads_of_a_report_is_there():
+    for page in PAGES:
+        names = set(re.findall(r"(?:`report|reports\(\)\[-1\])\.(\w+)", text_of(page))) - {"json", "schema"}  # files
+        assert [name for name in names if not hasattr(dbo_compile.Report, name)] == [], page
+
+
 def test_every_option_that_is_named_there_is_one():
     options = {f.name for f in fields(Config)}
     for page in PAGES:

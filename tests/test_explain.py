@@ -18,10 +18,10 @@ from torch import nn
 
 import dbo_compile
 from dbo_compile import register_rule, reports
-from dbo_compile.advice import ANY, advice
 from dbo_compile.explanation import Explanation, explain, verify
 from dbo_compile.ir.tokens import Split
-from dbo_compile.report import MOST_GONE
+from dbo_compile.page import graph_page
+from dbo_compile.report import MOST_GONE, Report
 from tests.schema import faults, report_schema
 from tests.tensors import values
 
@@ -203,54 +203,34 @@ def test_an_explanation_is_plain_data_as_its_schema_says(options):
     assert [faults(graph, report_schema()) for graph in found["graphs"]] == [[]]
 
 
+def test_a_graph_that_communicates_nothing_says_so_instead_of_a_share():
+    found = explain(torch.exp, values(9, 5), options=ALWAYS)
+    assert (found.split, found.hidden_comm, found.hidden_comm_measured) == (True, 0.0, None)
+    assert [report.hidden_comm for report in found.reports] == [None]
+    assert "\n    no communication\n" in str(found)
+    assert "hidden" not in str(found)
+    (graph,) = found.to_dict()["graphs"]
+    assert [times["hidden_comm"] for times in (graph["predicted"], *graph["measured"])] == [None, None]
+    assert faults(graph, report_schema()) == []
+    assert "no communication" in graph_page(graph, "", [])
+
+
+def test_the_hidden_share_is_the_mean_of_the_graphs_that_communicate():
+    def broken(x):
+        y = funcol.all_reduce(x.exp() @ WEIGHT, "sum", dist.group.WORLD).sin()
+        torch._dynamo.graph_break()
+        return y + 1
+
+    found = explain(broken, values(9, 5), options=ALWAYS)
+    assert [report.split for report in found.reports] == [True, True]
+    assert found.hidden_comm == found.reports[0].hidden_comm
+    assert 0 < found.hidden_comm < 1
+    assert found.hidden_comm_measured == found.timelines[0].hidden_comm
+
+
 def test_the_measured_share_is_that_of_calls_that_were_split():
     assert 0 <= explain(sharded, values(9, 5), options=EAGER).hidden_comm_measured <= 1
     assert explain(sharded, values(9, 5), options=EAGER | {"min_tokens": 10}).hidden_comm_measured is None
-
-
-@pytest.mark.parametrize(
-    "reason",
-    [
-        'split="never"',
-        "autograd needs a backward graph, and only inference is split: call it under torch.no_grad()",
-        'it has no communication to hide; split="always" splits it all the same',
-        "none of its inputs is a tensor that could carry tokens",
-        "it has a single token",
-        "the model was specialised to the number of tokens that it was first called with, in x (dim 0)",
-        "arg3_1 has another dim whose size is traced as the number of tokens: call it first with a number of tokens "
-        "that is no other size of the model",
-        "the size of the result of aten.nonzero.default depends on its data (model.py:12, x.nonzero())",
-        "rank 1 has 9 tokens, and a decode is split from 10 tokens on",
-        "3 tokens do not make 2 microbatches of at least 2",
-        "no split of 9 tokens keeps what the graph was compiled for: Eq(Mod(T, 8), 0)",
-        "its inputs differ in their number of tokens (x: 9, y: 7); see token_dims",
-        "another rank cannot split it",
-        "inductor was timed to be faster",
-        "timing it unsplit",
-        "num_microbatches=1",
-        "rank 1 declined",
-        "the graph of ranks 1, 2 is not split",
-        "no program can be made of it: add writes h",
-        "a nested compile region writes a part of its argument in place (model.py:12, c.add_(1))",
-        "microbatch 1 would have 3 rows of lens, and the graph is made for 1",
-        "nothing tells which tokens belong to one request, and none may be cut",
-        "all ranks must have as many rows, which would cut a request that has to stay whole",
-        "splitting changed result 0 of the graph: some op mixes tokens although its rule says that it does not",
-    ],
-)
-def test_there_is_advice_for_a_graph_or_call_that_is_not_split(reason):
-    assert advice(reason) != ANY
-
-
-def test_advice_for_an_op_is_that_of_its_reason():
-    told = {
-        "it reduces over the token dim 0": "A sum or mean over tokens",
-        "it draws random numbers: their order would depend on the split": "Call model.eval()",
-        "mylib.op.default has no placement rule; teach it one with dbo_compile.register_rule": "Teach it",
-        "it mixes rows in the order of the tokens with rows in an order of their own": ANY,
-    }
-    for reason, begin in told.items():
-        assert advice(reason).startswith(begin)
 
 
 # -- verify ----------------------------------------------------------------------------------------
@@ -395,6 +375,16 @@ def test_a_report_of_a_graph_that_is_not_split_counts_nothing():
     assert (report.split, report.num_microbatches, report.num_segments, report.num_unique_segments) == (False, 1, 0, 0)
     assert (report.num_comm_ops, report.fingerprint, report.barriers, report.obligations) == (0, "", {}, {})
     assert (report.calls, report.calls_split, report.decline_counts) == (0, 0, {})
+
+
+def test_a_report_prints_in_one_line():
+    split, whole = (explain(fn, values(9, 5), options=EAGER).reports[0] for fn in (sharded, torch.exp))
+    assert str(split) == f"<Report {split.number}: split in 2 microbatches, 4 segments, 2 of 2 calls were split>"
+    reason = 'it has no communication to hide; split="always" splits it all the same'
+    assert repr([whole]) == f"[<Report {whole.number}: not split: {reason}>]"
+    assert str(Report(number=3, why="no program can be made of it: step 1: too early\na#0\nb#0 <-- HERE")) == (
+        "<Report 3: not split: no program can be made of it: step 1: too early a#0 b#0 <-- HERE>"
+    )
 
 
 @pytest.mark.parametrize("split", ["always", "never"])

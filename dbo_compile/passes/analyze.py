@@ -8,8 +8,9 @@ the graph.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from types import MappingProxyType
 from typing import Any
 
@@ -38,7 +39,7 @@ from dbo_compile.passes.attend import read_beyond
 from dbo_compile.passes.causal import hides_later_tokens
 from dbo_compile.passes.given import given_numbers
 from dbo_compile.rules import rule_of
-from dbo_compile.rules.registry import reads_whole
+from dbo_compile.rules.registry import Rule, reads_whole
 
 aten = torch.ops.aten
 # Checks on numbers: they have no result, and each microbatch makes them on its own numbers.
@@ -179,7 +180,12 @@ class _Walk:
             raise CannotSplit(f"it reads {whole[0].name}, whose size counts the tokens of all microbatches")
         if (rule := rule_of(node.target)) is None:
             raise CannotSplit(f"{node.target} has no placement rule; teach it one with dbo_compile.register_rule")
-        ruling = rule(*g.map_nodes(node.args, self._argument), **g.map_nodes(node.kwargs, self._argument))
+        args, kwargs = g.map_nodes(node.args, self._argument), g.map_nodes(node.kwargs, self._argument)
+        try:
+            ruling = rule(*args, **kwargs)
+        except TypeError:
+            _check_fits(rule, node, args, kwargs)
+            raise
         if not isinstance(ruling, Ruling):
             ruling = Ruling(ruling)
         self._note(node, ruling)
@@ -275,6 +281,17 @@ class _Regions:
     def join(self, node: fx.Node, others: Iterable[fx.Node]) -> None:
         for other in others:
             self._parent[self.find(other)] = self.find(node)
+
+
+def _check_fits(rule: Rule, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise `TypeError`, with the arguments as the graph has them, if `rule` does not take what its op takes."""
+    try:
+        signature(rule).bind(*args, **kwargs)
+    except TypeError as why:
+        given = ", ".join([*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())])
+        raise TypeError(
+            f"the rule of {node.target} cannot be called with the op's arguments ({given}): {why}"
+        ) from None
 
 
 def draws_random_numbers(node: fx.Node) -> bool:

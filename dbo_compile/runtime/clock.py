@@ -40,8 +40,8 @@ class Timeline:
         return self.makespan - self.busy(Lane.COMPUTE)
 
     @property
-    def hidden_comm(self) -> float:
-        """The share of the time spent communicating that passes while the compute lane computes; 1 if there is none."""
+    def hidden_comm(self) -> float | None:
+        """The share of the time spent communicating that passes while the compute lane computes; None of no time."""
         hidden, compute = 0.0, self.on(Lane.COMPUTE)
         at = 0
         for comm in self.on(Lane.COMM):
@@ -52,7 +52,7 @@ class Timeline:
                     break
                 hidden += min(i.end, comm.end) - max(i.start, comm.start)
         total = self.busy(Lane.COMM)
-        return min(1.0, hidden / total) if total else 1.0  # sums in another order may round to more
+        return min(1.0, hidden / total) if total else None  # sums in another order may round to more
 
     def on(self, lane: Lane) -> tuple[Interval, ...]:
         return tuple(i for i in self.intervals if i.lane is lane)
@@ -62,7 +62,15 @@ class Timeline:
 
     def __str__(self) -> str:
         busy = ", ".join(f"{lane.value} busy {self.busy(lane):g}" for lane in Lane)
-        return f"{self.makespan:g} in all, {busy}, {self.hidden_comm:.0%} of comm hidden"
+        share = self.hidden_comm
+        hidden = "no communication" if share is None else f"{share:.0%} of comm hidden"
+        return f"{self.makespan:g} in all, {busy}, {hidden}"
+
+
+def hidden_text(**shares: float | None) -> str:
+    """The hidden share of communication by how it is known: `communication hidden: 99% predicted, 80% measured`."""
+    known = [f"{share:.0%} {how}" for how, share in shares.items() if share is not None]
+    return f"communication hidden: {', '.join(known)}" if known else "no communication"
 
 
 def simulate(program: Program, cost: Callable[[Run], float]) -> Timeline:

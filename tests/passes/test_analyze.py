@@ -11,6 +11,7 @@ from dbo_compile.errors import NotSplit
 from dbo_compile.ir.tokens import Given, Split
 from dbo_compile.passes.analyze import analyze
 from dbo_compile.passes.code import is_made_dense
+from dbo_compile.rules import registry
 
 ALWAYS = {"split": "always", "inner": "eager", "token_dims": {"x": 0, "y": 0, "e": 0}}
 
@@ -63,6 +64,50 @@ def test_an_op_that_is_refused_is_a_barrier_and_the_way_on_is_split_again():
     tokens = analysed(graph)
     assert barriers(tokens) == {"mean": "it reduces over the token dim 0"}
     assert places(graph, tokens) == ["input: Split(0)", "mean: Shared", "sub: Split(0)", "sin: Split(0)"]
+
+
+@torch.library.custom_op("dbo_test_analyze::scale", mutates_args=())
+def scale(x: torch.Tensor, factor: int, *, shift: int = 0) -> torch.Tensor:
+    return x * factor + shift
+
+
+scale.register_fake(lambda x, factor, *, shift=0: torch.empty_like(x))
+
+
+def adds_to_a_word(x, factor):
+    return x.place if factor + "" else None
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            lambda x: x.place,
+            "the rule of dbo_test_analyze.scale.default cannot be called with the op's arguments (sin, 2): too many "
+            "positional arguments",
+        ),
+        (
+            lambda x, factor, shift, axis: x.place,
+            "the rule of dbo_test_analyze.scale.default cannot be called with the op's arguments (sin, 2): missing a "
+            "required argument: 'shift'",
+        ),
+        (adds_to_a_word, "unsupported operand type(s) for +: 'int' and 'str'"),
+    ],
+    ids=["too_few", "too_many", "a fault inside"],
+)
+def test_a_rule_that_does_not_fit_its_op_is_named_with_the_arguments(monkeypatch, rule, message):
+    graph = traced(lambda x: scale(x.sin(), 2), x_of())
+    monkeypatch.setitem(registry._rules, torch.ops.dbo_test_analyze.scale.default, rule)
+    with pytest.raises(TypeError) as error:
+        analysed(graph)
+    assert str(error.value) == message
+
+
+def test_the_arguments_that_a_rule_does_not_take_have_their_names(monkeypatch):
+    graph = traced(lambda x: scale(x.sin(), 2, shift=3), x_of())
+    monkeypatch.setitem(registry._rules, torch.ops.dbo_test_analyze.scale.default, lambda x, factor: x.place)
+    with pytest.raises(TypeError, match=r"arguments \(sin, 2, shift=3\): got an unexpected keyword argument 'shift'$"):
+        analysed(graph)
 
 
 def test_an_op_without_a_rule_is_a_barrier_that_says_what_to_do():

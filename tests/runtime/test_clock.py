@@ -8,7 +8,7 @@ from dbo_compile.ir.program import Program
 from dbo_compile.ir.schedule import Lane, Schedule
 from dbo_compile.ir.tokens import Shared, Split
 from dbo_compile.passes.order import order
-from dbo_compile.runtime.clock import Interval, Timeline, chart, simulate
+from dbo_compile.runtime.clock import Interval, Timeline, chart, hidden_text, simulate
 from tests.ir.moe import comm, compute, moe_program, program_of
 
 LAYER = (compute("attn", "x", "a"), comm("send", "a", "b"), compute("mlp", "b", "c"))
@@ -45,9 +45,22 @@ def test_one_microbatch_hides_nothing():
     assert (timeline.makespan, timeline.hidden_comm, timeline.idle) == (6, 0, 3)
 
 
-def test_no_communication_is_all_hidden():
+def test_without_communication_there_is_no_share_that_is_hidden():
     timeline = simulate(played("attn#0 attn#1", LAYER[:1]), ticks)
-    assert (timeline.makespan, timeline.hidden_comm, timeline.idle) == (4, 1.0, 0)
+    assert (timeline.makespan, timeline.hidden_comm, timeline.idle) == (4, None, 0)
+    assert str(timeline) == "4 in all, compute busy 4, comm busy 0, no communication"
+
+
+@pytest.mark.parametrize(
+    ("shares", "text"),
+    [
+        ({"predicted": 0.994, "measured": 0.0}, "communication hidden: 99% predicted, 0% measured"),
+        ({"predicted": 0.5, "measured": None}, "communication hidden: 50% predicted"),
+        ({"predicted": None, "measured": None}, "no communication"),
+    ],
+)
+def test_the_hidden_share_is_told_where_there_is_one(shares, text):
+    assert hidden_text(**shares) == text
 
 
 def test_no_more_than_all_is_hidden_however_it_rounds():
@@ -59,7 +72,7 @@ def test_no_more_than_all_is_hidden_however_it_rounds():
 
 def test_an_empty_program_takes_no_time():
     timeline = simulate(Program((), {}, 2), ticks)
-    assert (timeline, timeline.makespan, timeline.hidden_comm) == (Timeline(()), 0, 1.0)
+    assert (timeline, timeline.makespan, timeline.hidden_comm) == (Timeline(()), 0, None)
     assert chart(timeline, 5).splitlines()[:2] == ["compute .....", "comm    ....."]
 
 
