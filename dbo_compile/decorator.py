@@ -64,7 +64,7 @@ def dbo(target: Any = None, /, *, token_dims: Mapping[str, int | Axis], **option
 
 
 class Forward:
-    """A decorated method: each instance has its own `Steps`."""
+    """A decorated method: each instance has its own `Steps`, which are gone with it."""
 
     def __init__(self, fn: Callable[..., Any], config: Config) -> None:
         functools.update_wrapper(self, fn)
@@ -76,12 +76,42 @@ class Forward:
     def __get__(self, owner: Any, _kind: type | None = None) -> Any:
         if owner is None:
             return self
+        if torch.compiler.is_compiling():
+            return functools.partial(self._fn, owner)
         if owner not in self._steps:
             self._steps[owner] = Steps(self._fn, self._config, owner)
-        return self._steps[owner]
+        return Bound(self._steps[owner], owner)
 
     def __call__(self, owner: Any, *args: Any, **kwargs: Any) -> Any:
         return self.__get__(owner)(*args, **kwargs)
+
+
+class Bound:
+    """A decorated method of one instance, which it keeps alive as any bound method does; its `Steps` do not."""
+
+    def __init__(self, steps: Steps, owner: Any) -> None:
+        self.__doc__ = steps.__doc__
+        self.steps = steps
+        self.owner = owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.steps(*args, **kwargs)
+
+    def idle_step(self) -> None:
+        """See `Steps`."""
+        self.steps.idle_step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.steps, name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bound) and other.steps is self.steps
+
+    def __hash__(self) -> int:
+        return hash(self.steps)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.owner, self.__name__)
 
 
 class Steps:

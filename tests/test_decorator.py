@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
 import re
+import weakref
 
 import pytest
 import torch
@@ -162,14 +164,37 @@ def test_copies_are_decorated_too_and_know_nothing_of_each_other(make, copied):
     check(model, tokens(7))
 
 
+def test_a_bound_method_keeps_its_model_alive_and_can_be_copied():
+    forward = Decorated().forward
+    for bound in (forward, copy.deepcopy(forward), pickle.loads(pickle.dumps(forward))):
+        check(bound, tokens(7))
+    idle_step = Decorated().forward.idle_step
+    fails("idle_step has seen no call yet", idle_step)
+    assert forward == forward.owner.forward
+    assert hash(forward) == hash(forward.owner.forward)
+    assert forward != Decorated().forward
+
+
+def test_a_model_that_nobody_has_any_more_is_gone_though_it_was_compiled():
+    model = Decorated()
+    check(model, tokens(7))
+    check(model.forward, tokens(9))
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("make", [Decorated, on_instance])
 @pytest.mark.parametrize("strict", [False, True])
-def test_what_is_decorated_can_be_exported(strict):
-    program = torch.export.export(on_instance(), (tokens(7),), strict=strict)
+def test_what_is_decorated_can_be_exported(make, strict):
+    program = torch.export.export(make(), (tokens(7),), strict=strict)
     torch.testing.assert_close(program.module()(tokens(7)), Model()(tokens(7)), **EXACT)
 
 
-def test_as_part_of_something_compiled_it_is_what_it_was():
-    model = on_instance()
+@pytest.mark.parametrize("make", [Decorated, on_instance])
+def test_as_part_of_something_compiled_it_is_what_it_was(make):
+    model = make()
     run = torch.compile(lambda x: model(x)[0] + 1, backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(run(tokens(7)), Model()(tokens(7))[0] + 1, **EXACT)
