@@ -16,7 +16,7 @@ _ADVICE = (
     (r"num_microbatches=1", "Ask for two microbatches: num_microbatches=2."),
     (r"another rank|declined|the graph of ranks? ", "Look at the reports of the other ranks: all split, or none."),
     (r"splitting changed", "Find the op with dbo_compile.verify; a rule of yours may promise too much."),
-    (r"is split from \d+ tokens on", "Lower the option min_tokens, if splitting pays at that size."),
+    (r"is split from \d+ on", "Lower the option min_tokens, if splitting pays at that size."),
     (r"specialised|no other size of the model", "Call it first with a number of tokens that is no other size."),
     (r"token inputs differ|of different sizes", "Name the inputs that carry tokens with the option token_dims."),
     (r"the graph is made for", "Call it first with several requests: a size that is 1 in the first call is fixed."),

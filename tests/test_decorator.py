@@ -234,6 +234,8 @@ def test_wrong_calls_are_errors_and_the_next_right_one_works():
     check(model, tokens(7))
     fails("17 tokens are more than the largest size in pad_to, 16", model, tokens(17))
     fails(r"one number of tokens \(positions: 6, x: 7\)", model, tokens(7), torch.ones(2, 6))
+    fails(r"\(positions is missing, x is a list, not a tensor\)", model, [tokens(7)])
+    fails(r"token_dims names dim 0 of x, whose shape is \[\]", model, torch.tensor(3.0))
     fails("missing a required argument: 'x'", model)
     fails("unexpected keyword argument 'y'", model, tokens(7), y=3)
     check(model, tokens(9))

@@ -220,7 +220,7 @@ def test_the_measured_share_is_that_of_calls_that_were_split():
         "arg3_1 has another dim whose size is traced as the number of tokens: call it first with a number of tokens "
         "that is no other size of the model",
         "the size of the result of aten.nonzero.default depends on its data (model.py:12, x.nonzero())",
-        "rank 1 has 9 tokens, and a decode is split from 10 tokens on",
+        "rank 1 has 9 tokens, and a decode is split from 10 on (min_tokens)",
         "3 tokens do not make 2 microbatches of at least 2",
         "no split of 9 tokens keeps what the graph was compiled for: Eq(Mod(T, 8), 0)",
         "its token inputs differ in their number of tokens (x: 9, y: 7); see token_dims",

@@ -161,8 +161,9 @@ def _why_not_split(busy: Mapping[int, Wish], padded: int, phase: Phase, limits: 
     threshold = limits.min_decode_tokens if phase is Phase.DECODE else limits.min_prefill_tokens
     smallest = min(busy, key=lambda rank: busy[rank].num_tokens)
     if (fewest := busy[smallest].num_tokens) < threshold:
-        whose = f"rank {smallest} has {fewest} tokens" if len(busy) > 1 else f"it has {fewest} tokens"
-        return f"{whose}, and a {phase.value} is split from {threshold} tokens on"
+        whose = f"rank {smallest}" if len(busy) > 1 else "it"
+        tokens = "1 token" if fewest == 1 else f"{fewest} tokens"
+        return f"{whose} has {tokens}, and a {phase.value} is split from {threshold} on (min_tokens)"
     if padded < n * least:
         return f"{padded} tokens do not make {n} microbatches of at least {least}"
     return ""

@@ -49,13 +49,16 @@ PLANS = [
     ([wish(23, decode=True), IDLE], "decode of [23, 0] tokens padded to 23, 2 microbatches"),
     (
         [wish(23, decode=True), wish(4, decode=True, gate=True)],
-        "decode of [23, 4] tokens padded to 23, not split: rank 1 has 4 tokens, and a decode is split from 5 tokens on",
+        "decode of [23, 4] tokens padded to 23, not split: rank 1 has 4 tokens, and a decode is split from 5 on "
+        "(min_tokens)",
     ),
     (
         [wish(23), wish(5, decode=True)],
-        "prefill of [23, 5] tokens padded to 23, not split: rank 1 has 5 tokens, and a prefill is split from 17 "
-        "tokens on",
+        "prefill of [23, 5] tokens padded to 23, not split: rank 1 has 5 tokens, and a prefill is split from 17 on "
+        "(min_tokens)",
     ),
+    ([wish(1, 2, decode=True)], "decode of [1] tokens padded to 2, not split: it has 1 token, and a decode is split "
+     "from 5 on (min_tokens)"),
     (
         [wish(3, split=False), wish(19, 31), IDLE, wish(29, split=False)],
         "prefill of [3, 19, 0, 29] tokens padded to 31, not split: ranks 0 and 3 declined",

@@ -126,8 +126,8 @@ def test_calls_are_counted_with_their_reasons():
     assert played == [((5, 4),), ((4,),), ((4, 3),), ((4,),), ((3,),)]
     assert (found.calls.total, found.calls.split) == (5, 2)
     assert found.calls.declined == {
-        "it has 4 tokens, and a prefill is split from 5 tokens on": 2,
-        "it has 3 tokens, and a prefill is split from 5 tokens on": 1,
+        "it has 4 tokens, and a prefill is split from 5 on (min_tokens)": 2,
+        "it has 3 tokens, and a prefill is split from 5 on (min_tokens)": 1,
     }
 
 
