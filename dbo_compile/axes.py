@@ -6,7 +6,7 @@ plain integer in `token_dims` says `Tokens(dim)`; everything else is said with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,6 +78,13 @@ def dims_of_tokens(values: Mapping[str, int | Axis]) -> dict[str, int]:
     """The inputs among `token_dims` that carry tokens, and their token dims."""
     axes = {name: axis_of(value) for name, value in values.items()}
     return {name: axis.dim for name, axis in axes.items() if isinstance(axis, Tokens)}
+
+
+def checked_dim(name: str, dim: int, shape: Sequence[int]) -> int:
+    """The token dim of an input of this shape, counted from the first. Raises `ValueError` if it has no such dim."""
+    if not -len(shape) <= dim < len(shape):
+        raise ValueError(f"token_dims names dim {dim} of {name}, whose shape is {list(shape)}")
+    return dim % len(shape)
 
 
 def request_axes(values: Mapping[str, int | Axis]) -> dict[str, Axis]:

@@ -25,6 +25,7 @@ from dbo_compile.rules.collectives import sms_setters
 from dbo_compile.runtime import graphs
 from dbo_compile.runtime.agree import CPU, Agreement, agreement_over, check_covers
 from dbo_compile.runtime.engine import Engine, Follower
+from dbo_compile.runtime.force import unknown
 from dbo_compile.runtime.graphs import Player
 from dbo_compile.runtime.player import player_for
 from dbo_compile.runtime.ways import Whole
@@ -84,7 +85,7 @@ def _not_split(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config
     """What the user would have without us."""
     logger.info("a graph is not split: %s", why)
     fn = compat.whole_graph_inductor(gm, example_inputs) if config.inner == "inductor" else gm.forward
-    return fn, Report(why=why, captured=gm.graph)
+    return unknown(fn), Report(why=why, captured=gm.graph)
 
 
 def _agreement(groups: Sequence[str], config: Config, device: torch.device = CPU) -> Agreement:
@@ -153,6 +154,8 @@ def compile_graph(
         made.by_costs,
     )
     engine.player = _player(gm.graph, engine, tokens, config)
+    if config.pad_to is not None and engine.signature.unpaddable:
+        logger.info("a graph is not padded: %s", engine.signature.unpaddable)
     return made, engine
 
 

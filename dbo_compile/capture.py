@@ -12,7 +12,7 @@ from torch import fx
 
 from dbo_compile import compat
 from dbo_compile import graph as g
-from dbo_compile.axes import Axis, dims_of_tokens, request_axes, request_dim
+from dbo_compile.axes import Axis, checked_dim, dims_of_tokens, request_axes, request_dim
 from dbo_compile.errors import NotSplit
 from dbo_compile.rules.collectives import CommOp, comm_op
 
@@ -86,7 +86,9 @@ def token_tensors(
     ]
     dims, known = dims_of_tokens(token_dims or {}), token_dims or {}
     found = [t for t in found if t.name in dims or t.name not in known]
-    named = [replace(t, dim=_checked_dim(t, dims[t.name]), is_named=True) for t in found if t.name in dims]
+    named = [
+        replace(t, dim=checked_dim(t.name, dims[t.name], t.tensor.shape), is_named=True) for t in found if t.name in dims
+    ]
     if named:
         if len({t.tensor.shape[t.dim] for t in named}) > 1:
             sizes = ", ".join(f"{t.name} (dim {t.dim}): {t.tensor.shape[t.dim]}" for t in named)
@@ -112,12 +114,6 @@ def request_tensors(
         for i, (node, x) in enumerate(zip(g.inputs(gm.graph), example_inputs, strict=True))
         if isinstance(x, torch.Tensor) and (name := _short_name(node)) in axes
     ]
-
-
-def _checked_dim(t: TokenTensor, dim: int) -> int:
-    if not -t.tensor.ndim <= dim < t.tensor.ndim:
-        raise ValueError(f"token_dims names dim {dim} of {t.name}, whose shape is {list(t.tensor.shape)}")
-    return dim % t.tensor.ndim
 
 
 def _short_name(placeholder: fx.Node) -> str:

@@ -18,16 +18,13 @@ from torch import nn
 from dbo_compile import backend, compat
 from dbo_compile.axes import Axis, dims_of_tokens, request_axes
 from dbo_compile.config import Config, nearest
-from dbo_compile.errors import Disagreement, RankLost
+from dbo_compile.errors import Disagreement, RankLost, Unpaddable
 from dbo_compile.runtime.agree import Agreement, agreement_over
-from dbo_compile.runtime.force import InForce, in_force
+from dbo_compile.runtime.force import LEAST_ROWS, InForce, Known, has_too_few, in_force
 from dbo_compile.runtime.members import closed, opened, without_requests
 from dbo_compile.runtime.metadata import read_requests
 from dbo_compile.runtime.padding import Buckets, Padding, is_decode, unpad, unpad_tree, view_dim
 from dbo_compile.runtime.plan import BatchPlan, Limits, Wish
-
-LEAST_ROWS = 2
-"""What can be padded is padded to no fewer tokens: Dynamo makes a graph of its own for one."""
 
 
 def dbo(target: Any = None, /, *, token_dims: Mapping[str, int | Axis], **options: Any) -> Any:
@@ -64,7 +61,7 @@ def dbo(target: Any = None, /, *, token_dims: Mapping[str, int | Axis], **option
 
 
 class Forward:
-    """A decorated method: each instance has its own `Steps`."""
+    """A decorated method: each instance has its own `Steps`, which are gone with it."""
 
     def __init__(self, fn: Callable[..., Any], config: Config) -> None:
         functools.update_wrapper(self, fn)
@@ -76,12 +73,42 @@ class Forward:
     def __get__(self, owner: Any, _kind: type | None = None) -> Any:
         if owner is None:
             return self
+        if torch.compiler.is_compiling():
+            return functools.partial(self._fn, owner)
         if owner not in self._steps:
             self._steps[owner] = Steps(self._fn, self._config, owner)
-        return self._steps[owner]
+        return Bound(self._steps[owner], owner)
 
     def __call__(self, owner: Any, *args: Any, **kwargs: Any) -> Any:
         return self.__get__(owner)(*args, **kwargs)
+
+
+class Bound:
+    """A decorated method of one instance, which it keeps alive as any bound method does; its `Steps` do not."""
+
+    def __init__(self, steps: Steps, owner: Any) -> None:
+        self.__doc__ = steps.__doc__
+        self.steps = steps
+        self.owner = owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.steps(*args, **kwargs)
+
+    def idle_step(self) -> None:
+        """See `Steps`."""
+        self.steps.idle_step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.steps, name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bound) and other.steps is self.steps
+
+    def __hash__(self) -> int:
+        return hash(self.steps)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.owner, self.__name__)
 
 
 class Steps:
@@ -105,7 +132,7 @@ class Steps:
         self._programs = ""
         self._dtypes = ""
         self._num_played = 0
-        self._can_pad = False  # not known before the first graph
+        self._known = Known()
         self._idle: dict[str, Any] = {}
         self._nothing: Any = None
         self._per_token: tuple[int, bool] | None = None
@@ -124,7 +151,7 @@ class Steps:
         plan = agreement.agree(wish, self._limits)
         try:
             return self._play(plan, inputs)
-        except (Disagreement, RankLost):
+        except (Disagreement, RankLost, Unpaddable):  # which every rank raises alike
             raise
         except Exception as error:
             agreement.leave(f"it raised {type(error).__name__}: {error}")
@@ -190,10 +217,11 @@ class Steps:
         if not num_tokens:
             return Wish.idle(program, config)
         bucket = self.buckets.bucket(num_tokens)
-        if self._can_pad or self._config.pad_to is not None:
+        if self._known.can_pad or self._config.pad_to is not None:
             bucket = max(LEAST_ROWS, bucket)
         can_split = self._config.split != "never"
-        return Wish(num_tokens, bucket, bucket * elements, can_split, False, decode, program, config)
+        pads = self._known.pads
+        return Wish(num_tokens, bucket, bucket * elements, can_split, False, decode, program, config, pads=pads)
 
     def _wrong(self) -> Wish:
         return Wish.wrong(self._programs_hash, self._config.fingerprint)
@@ -203,21 +231,32 @@ class Steps:
         return hashlib.sha256(f"{self._programs}; {self._dtypes}".encode()).hexdigest()[:16]
 
     def _play(self, plan: BatchPlan, inputs: dict[str, Any]) -> Any:
+        """Play a step, and once more where its first graph turns out to be one that must not be padded."""
         if not plan.num_microbatches:
             return self._nothing
-        num_tokens = self._num_tokens(inputs)
-        padded = self._padding.pad(inputs, plan.padded_tokens)
+        num_tokens, is_first = self._num_tokens(inputs), not self._num_played
+        pads = plan.pads or has_too_few(plan)
+        step = InForce(plan, is_first=is_first, num_tokens=num_tokens, pads=pads)
+        try:
+            return self._played(step, inputs)
+        except Unpaddable as why:
+            self._known.learn(step)
+            self._known.check_unpadded(step, str(why))
+        return self._played(InForce(plan, is_first=is_first, num_tokens=num_tokens, pads=False), inputs)
+
+    def _played(self, step: InForce, inputs: dict[str, Any]) -> Any:
+        num_tokens, num_rows = step.num_tokens, step.num_rows
+        padded = self._padding.pad(inputs, num_rows)
         if not self._num_played:
             self._ask_for_dynamic(padded)
-        step = InForce(plan, is_first=not self._num_played, num_tokens=num_tokens)
         with in_force(step), compat.host_reads_in_graph():
             results = self._compiled(*self._self(), **closed(padded))
         self._num_played += 1
         self._programs = " ".join(step.engines)
-        self._can_pad = step.can_pad if step.engines else self._can_pad
+        self._known.learn(step)
         for name, x in padded.items():
             if x is not inputs[name] and x.data_ptr() in step.written:
-                inputs[name].copy_(unpad(x, self._padding.token_dims[name], plan.padded_tokens, num_tokens))
+                inputs[name].copy_(unpad(x, self._padding.token_dims[name], num_rows, num_tokens))
         if not self._idle:
             self._idle = closed(without_requests(self._padding.empty(inputs), self._axes))
             self._nothing = self._unpadded(results, step, 0, padded)
@@ -232,7 +271,7 @@ class Steps:
     def _unpadded(self, results: Any, step: InForce, num_tokens: int, padded: Mapping[str, Any]) -> Any:
         """Results of a graph are known, and views of arguments; what else Python made is cut where it has as many rows
         as were padded to, in the token dim of the first argument."""
-        num_rows, dims = step.plan.padded_tokens, self._padding.token_dims
+        num_rows, dims = step.num_rows, self._padding.token_dims
         guess = next(iter(dims.values()))
 
         def cut(x: Any) -> Any:

@@ -30,5 +30,12 @@ class Disagreement(DboError):
     """Ranks would not play the same thing; raised on every one of them, with the same words, instead of a hang."""
 
 
+class Unpaddable(DboError):
+    """A step was padded before a graph of it was known that must not be; the message is the reason.
+
+    Never reaches the user, but where a part of the step had been played before: then it cannot be played again.
+    """
+
+
 class RankLost(DboError):
     """A rank died, stalled or left, so that no step can be agreed on; the message names it."""

@@ -97,6 +97,11 @@ class Report:
         return _with_lines(self.levels.tokens.obligations) if self.levels else {}
 
     @property
+    def unpaddable(self) -> str:
+        """Why its steps are never padded; "" if they may be, or if it is not split and nobody knows."""
+        return self.engine.signature.unpaddable if self.engine else ""
+
+    @property
     def calls(self) -> int:
         return self.engine.calls.total if self.engine else 0
 

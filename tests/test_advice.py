@@ -49,8 +49,8 @@ def raised(error: str, filler: str = "x_1") -> list[str]:
 
 
 OF_CALLS = [
-    "rank 1 has 9 tokens, and a decode is split from 10 tokens on",
-    "it has 9 tokens, and a prefill is split from 10 tokens on",
+    "rank 1 has 9 tokens, and a decode is split from 10 on (min_tokens)",
+    "it has 9 tokens, and a prefill is split from 10 on (min_tokens)",
     "its inputs differ in their number of tokens (x: 9, y: 7); see token_dims",
     "another rank cannot split it",
     "inductor was timed to be faster",

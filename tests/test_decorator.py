@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
 import re
+import weakref
 
 import pytest
 import torch
@@ -90,9 +92,10 @@ def test_results_of_other_shapes_keep_their_size():
         return {"rows": blocks, "table": x.new_ones(8, 2), "inner": x.T}
 
     run = dbo_compile.dbo(fn, token_dims={"x": 0}, pad_to=[8, 16], **OPTIONS)
-    with torch.no_grad():
-        got = run(tokens(7))
-    torch.testing.assert_close(got, fn(tokens(7)), **EXACT)
+    for n in (7, 5):
+        with torch.no_grad():
+            got = run(tokens(n))
+        torch.testing.assert_close(got, fn(tokens(n)), **EXACT)
 
 
 def test_an_input_that_is_written_in_place_is_written_without_its_padding():
@@ -127,18 +130,25 @@ def test_a_step_may_be_announced():
         check(model, tokens(11))
 
 
+@torch.library.custom_op("dbo_test_decorator::seen", mutates_args=())
+def seen(x: torch.Tensor) -> torch.Tensor:
+    SEEN.append(x.tolist())
+    return x.clone()
+
+
+seen.register_fake(torch.empty_like)
+dbo_compile.register_rule(torch.ops.dbo_test_decorator.seen.default)(lambda x: x.place)
+SEEN = []
+
+
 def test_values_of_padding_are_those_asked_for():
-    seen = []
-
-    def fn(x, slots):
-        seen.append(slots.clone())
-        return x * 2, slots
-
-    run = dbo_compile.dbo(torch.compiler.disable(fn), token_dims={"x": 0, "slots": 0}, pad_to=[8],
-                          pad_values={"slots": -1}, **OPTIONS)  # fmt: skip
+    run = dbo_compile.dbo(lambda x, slots: (x * 2, seen(slots)), token_dims={"x": 0, "slots": 0}, pad_to=[8],
+                          pad_values={"slots": -1}, min_tokens=9, **OPTIONS)  # fmt: skip
+    SEEN.clear()
     with torch.no_grad():
-        run(tokens(5), torch.arange(5))
-    assert [s.tolist() for s in seen] == [[0, 1, 2, 3, 4, -1, -1, -1]]
+        for _ in range(2):
+            run(tokens(5), torch.arange(5))
+    assert SEEN == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, -1, -1, -1]]  # at first nobody knows whether it may be padded
 
 
 @pytest.mark.parametrize("make", [Decorated, on_instance])
@@ -162,14 +172,37 @@ def test_copies_are_decorated_too_and_know_nothing_of_each_other(make, copied):
     check(model, tokens(7))
 
 
+def test_a_bound_method_keeps_its_model_alive_and_can_be_copied():
+    forward = Decorated().forward
+    for bound in (forward, copy.deepcopy(forward), pickle.loads(pickle.dumps(forward))):
+        check(bound, tokens(7))
+    idle_step = Decorated().forward.idle_step
+    fails("idle_step has seen no call yet", idle_step)
+    assert forward == forward.owner.forward
+    assert hash(forward) == hash(forward.owner.forward)
+    assert forward != Decorated().forward
+
+
+def test_a_model_that_nobody_has_any_more_is_gone_though_it_was_compiled():
+    model = Decorated()
+    check(model, tokens(7))
+    check(model.forward, tokens(9))
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("make", [Decorated, on_instance])
 @pytest.mark.parametrize("strict", [False, True])
-def test_what_is_decorated_can_be_exported(strict):
-    program = torch.export.export(on_instance(), (tokens(7),), strict=strict)
+def test_what_is_decorated_can_be_exported(make, strict):
+    program = torch.export.export(make(), (tokens(7),), strict=strict)
     torch.testing.assert_close(program.module()(tokens(7)), Model()(tokens(7)), **EXACT)
 
 
-def test_as_part_of_something_compiled_it_is_what_it_was():
-    model = on_instance()
+@pytest.mark.parametrize("make", [Decorated, on_instance])
+def test_as_part_of_something_compiled_it_is_what_it_was(make):
+    model = make()
     run = torch.compile(lambda x: model(x)[0] + 1, backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(run(tokens(7)), Model()(tokens(7))[0] + 1, **EXACT)
@@ -209,6 +242,8 @@ def test_wrong_calls_are_errors_and_the_next_right_one_works():
     check(model, tokens(7))
     fails("17 tokens are more than the largest size in pad_to, 16", model, tokens(17))
     fails(r"one number of tokens \(positions: 6, x: 7\)", model, tokens(7), torch.ones(2, 6))
+    fails(r"\(positions is missing, x is a list, not a tensor\)", model, [tokens(7)])
+    fails(r"token_dims names dim 0 of x, whose shape is \[\]", model, torch.tensor(3.0))
     fails("missing a required argument: 'x'", model)
     fails("unexpected keyword argument 'y'", model, tokens(7), y=3)
     check(model, tokens(9))
@@ -220,23 +255,75 @@ def test_a_value_that_the_dtype_of_its_input_has_not_is_an_error():
     fails(r"pad_values\['ids'\]=0.5 is no value of torch.int64", run, tokens(7), torch.ones(7, dtype=torch.int64))
 
 
-def test_a_model_whose_padding_would_be_seen_is_an_error_not_a_wrong_answer():
-    run = dbo_compile.dbo(lambda x: x - x.mean(0), token_dims={"x": 0}, pad_to=[8], **OPTIONS)
+def both_ways(x):
+    q, k, v = x[None, None].expand(3, 1, -1, -1)[:, None]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)[0, 0]
+
+
+def in_two_graphs(x):
+    y = x.exp()
+    torch._dynamo.graph_break()
+    return y - y.mean(0)
+
+
+SEES_PADDING = {
+    "a mean": (lambda x: x - x.mean(0), r"mean .* sees all tokens at once: it reduces over the token dim 0"),
+    "the last token": (lambda x: x.exp()[-1], "select .* sees all tokens at once: it takes some of the tokens"),
+    "attention to all": (both_ways, ".* attends to all tokens, and would to padding"),
+    "the number of tokens": (lambda x: (x.exp(), x.shape[0]), "it returns the number of tokens"),
+    "two graphs": (in_two_graphs, "mean .* sees all tokens at once"),
+}
+
+
+@pytest.mark.parametrize("what", SEES_PADDING)
+def test_a_model_that_would_see_padding_is_not_padded_and_the_reason_is_logged_once(what, caplog):
+    fn, reason = SEES_PADDING[what]
+    caplog.set_level("INFO", logger="dbo_compile")
+    before, run = reports(), dbo_compile.dbo(fn, token_dims={"x": 0}, pad_to=[8, 32], **OPTIONS)
     with torch.no_grad():
-        torch.testing.assert_close(run(tokens(8)), tokens(8) - tokens(8).mean(0), **EXACT)
-    fails(r"cannot be padded: mean .* sees all tokens at once: it reduces over the token dim 0", run, tokens(7))
+        for n in (7, 5, 8, 9):
+            torch.testing.assert_close(run(tokens(n)), fn(tokens(n)), **EXACT)
+    (found,) = [r.unpaddable for r in new_reports(before) if r.unpaddable]
+    assert re.match(reason, found)
+    assert [r.getMessage() for r in caplog.records].count(f"a graph is not padded: {found}") == 1
 
 
-def test_attention_to_all_tokens_is_not_padded():
-    def both_ways(x):
-        q, k, v = x[None, None].chunk(3, -1)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v)[0, 0]
-
-    run = dbo_compile.dbo(both_ways, token_dims={"x": 0}, pad_to=[8], **OPTIONS)
-    x = torch.randn(8, 9, dtype=torch.float64)
+@pytest.mark.parametrize("split", ["auto", "never"])
+def test_what_is_not_split_is_not_padded_either(split):
+    """Nobody has looked whether padding would change it."""
+    run = dbo_compile.dbo(lambda x: x - x.mean(0), token_dims={"x": 0}, pad_to=[8], inner="eager", split=split)
+    shape = dbo_compile.dbo(lambda x: x.shape[0], token_dims={"x": 0}, pad_to=[8], inner="eager", split=split)
     with torch.no_grad():
-        torch.testing.assert_close(run(x), both_ways(x), **EXACT)
-    fails(r"cannot be padded: .* attends to all tokens, and would to padding", run, x[:7])
+        for n in (7, 1, 5):
+            torch.testing.assert_close(run(tokens(n)), tokens(n) - tokens(n).mean(0), **EXACT)
+            assert shape(tokens(n)) == n
+
+
+def test_a_graph_that_must_not_be_padded_may_come_after_ones_that_may_be():
+    def fn(x, whole):
+        return x - x.mean(0) if whole else x.exp()
+
+    before, run = reports(), dbo_compile.dbo(fn, token_dims={"x": 0}, pad_to=[8], **OPTIONS)
+    with torch.no_grad():
+        for n, whole in ((7, False), (5, False), (5, True), (7, False), (1, True)):
+            torch.testing.assert_close(run(tokens(n), whole), fn(tokens(n), whole), **EXACT)
+    assert [r.calls for r in new_reports(before) if r.split] == [3, 1]
+
+
+def test_where_part_of_a_padded_step_was_played_it_is_an_error_once():
+    def fn(x, whole):
+        y = x.exp()
+        torch._dynamo.graph_break()
+        return y - y.mean(0) if whole else y * 2
+
+    run = dbo_compile.dbo(fn, token_dims={"x": 0}, pad_to=[8], **OPTIONS)
+    with torch.no_grad():
+        for n in (7, 5):
+            torch.testing.assert_close(run(tokens(n), False), fn(tokens(n), False), **EXACT)
+        with pytest.raises(dbo_compile.errors.Unpaddable, match=r"a graph .* cannot be padded: mean .* not padded"):
+            run(tokens(5), True)
+        for whole in (True, False):
+            torch.testing.assert_close(run(tokens(5), whole), fn(tokens(5), whole), **EXACT)
 
 
 def test_arguments_without_names_are_refused():

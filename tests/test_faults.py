@@ -418,7 +418,8 @@ FAULTS = {
         with_inputs(lambda x, shift: (x.float(), shift)), DIFFERS, DIFFERS
     ),
     "brings too few dims": Fault(
-        with_inputs(lambda x, shift: (x, shift.sum())), r"(Value|Index)Error: ", WRONG, styles=("decorated",)
+        with_inputs(lambda x, shift: (x, shift.sum())), r"ValueError: token_dims names dim 0 of shift, whose shape is ",
+        WRONG, styles=("decorated",),
     ),
     "pads with no value of the dtype": Fault(wrong_pad_value, NO_VALUE, WRONG, styles=("decorated",)),
     "pads like all with no value of the dtype": Fault(wrong_pad_value, NO_VALUE, NO_VALUE, others=wrong_pad_value),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.distributed._functional_collectives as funcol
 
 import dbo_compile
 from dbo_compile import load_decisions, reports, save_decisions
+from dbo_compile.errors import DboError
 from dbo_compile.integrations.transformers import expert_parallel
 from dbo_compile.report import new_reports
 from tests.integrations.models import VOCAB, tiny_model
@@ -88,6 +90,65 @@ def test_every_step_gives_what_one_process_does(ranks, members, implementation, 
     assert met == (met[0],) * members
     assert num_collectives > num_agreements == num_steps
     assert all(later == earlier for earlier, later in live)
+
+
+def centred(x):
+    """Padding would be seen; ranks may have as many tokens as they like."""
+    return x - funcol.all_reduce(x.mean(0), "sum", dist.group.WORLD)
+
+
+def summed(x):
+    """Padding would be seen, and what is exchanged is as long as the step."""
+    return funcol.all_reduce(x, "sum", dist.group.WORLD) - x.mean(0)
+
+
+def unpaddable_steps(fn, steps, entry):
+    """For each step its error, or how far the results are from eager; then how many were split."""
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    before, options = reports(), {"split": "always", "inner": "eager", "pad_to": "auto", "token_dims": {"x": 0}}
+    run = dbo_compile.dbo(fn, **options) if entry == "decorator" else torch.compile(fn, backend="dbo", options=options)
+    found = []
+    with torch.no_grad():
+        for sizes in steps:
+            x = torch.randn(sizes[dist.get_rank()], 5, dtype=torch.float64)
+            try:
+                found.append((run(x) - fn(x)).abs().max().item())
+            except DboError as error:
+                found.append(f"{type(error).__name__}: {error}")
+    return found, sum(r.calls_split for r in new_reports(before))
+
+
+@pytest.mark.parametrize("entry", ["decorator", "backend"])
+@pytest.mark.parametrize("first", [(19, 19), (19, 9)])
+def test_ranks_play_their_own_numbers_of_tokens_where_padding_would_be_seen(two, first, entry):
+    steps = [first, (7, 18), (5, 5), (2, 33), (17, 18)]
+    answers = two.run(unpaddable_steps, centred, steps, entry, timeout=200.0)
+    assert max(worst for found, _ in answers for worst in found) <= TOLERANCE
+    assert [num_split for _, num_split in answers] == [5, 5]
+
+
+@pytest.mark.parametrize("entry", ["decorator", "backend"])
+@pytest.mark.parametrize("first", [(19, 19), (19, 9)])
+def test_ranks_that_differ_and_must_not_are_told_alike_and_go_on(two, first, entry):
+    steps = [first, (7, 18), (5, 5), (2, 33), (17, 17)]
+    (mine, num_split), (theirs, _) = two.run(unpaddable_steps, summed, steps, entry, timeout=200.0)
+    errors = [error for error in mine if isinstance(error, str)]
+    assert errors == [error for error in theirs if isinstance(error, str)]
+    assert num_split == len(steps) - len(errors) == sum(a == b for a, b in steps)
+    assert max(worst for worst in [*mine, *theirs] if worst not in errors) <= TOLERANCE
+    assert re.match(
+        r"Disagreement: ranks bring 7, 18 tokens, which have to be padded to one number, and cannot be: mean .* sees "
+        r"all tokens at once: .*\. Leave out pad_to and give all ranks as many tokens, or take that op out", errors[-2],
+    )  # fmt: skip
+
+
+def test_a_rank_with_too_few_tokens_to_play_them_unpadded_is_an_error_on_every_rank(two):
+    answers = two.run(unpaddable_steps, centred, [(9, 7), (1, 18), (5, 4)], "decorator", timeout=200.0)
+    (first, error, last), other = (found for found, _ in answers)
+    assert max(first, last, other[0], other[2]) <= TOLERANCE
+    assert error == other[1]
+    assert error.startswith("Disagreement: ranks bring 1, 18 tokens, which have to be padded to one number, and cannot")
 
 
 def without_decorator(implementation, batches, pad_to):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dbo_compile.config import Config
-from dbo_compile.errors import Disagreement, RankLost
+from dbo_compile.errors import Disagreement, RankLost, Unpaddable
 from dbo_compile.log import logger
 from dbo_compile.runtime.agree import Agreement
 from dbo_compile.runtime.cuts import CutSteps
@@ -64,16 +64,17 @@ class Engine:
         self._refiner = Refiner(self.ways, agreement, replan)
 
     def __call__(self, *args: Any) -> Any:
-        self.calls.total += 1
         call = self.planner.read(args)
         plan = self.planner.plan(call)  # what goes wrong until here, the other ranks have heard of
         try:
-            return self._call(plan, call)
-        except (Disagreement, RankLost):
+            results = self._call(plan, call)
+        except (Disagreement, RankLost, Unpaddable):  # which every rank raises alike
             raise
         except Exception as error:
             self.agreement.leave(f"it raised {type(error).__name__}: {error}")
             raise
+        self.calls.total += 1
+        return results
 
     @property
     def player(self) -> Player:

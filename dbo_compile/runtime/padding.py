@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from dbo_compile import compat
+from dbo_compile.axes import checked_dim
 
 Number = int | float
 
@@ -82,10 +83,11 @@ class Padding:
             check_value(name, x.dtype, self.values[name])
 
     def num_tokens(self, inputs: Mapping[str, Any]) -> int:
-        """The size of the token dims. Raises `ValueError` if inputs differ in it."""
-        sizes = {name: x.shape[self.token_dims[name]] for name, x in self._tensors(inputs).items()}
+        """The size of the token dims. Raises `ValueError` if inputs differ in it, or have none."""
+        sizes = {n: x.shape[checked_dim(n, self.token_dims[n], x.shape)] for n, x in self._tensors(inputs).items()}
         if len(set(sizes.values())) != 1:
-            listed = ", ".join(f"{name}: {size}" for name, size in sizes.items()) or "there is none"
+            others = {name: _no_tensor(inputs, name) for name in self.token_dims if name not in sizes}
+            listed = ", ".join([f"{name}: {size}" for name, size in sizes.items()] + [*others.values()])
             raise ValueError(f"token inputs must have one number of tokens ({listed}); see token_dims")
         return next(iter(sizes.values()))
 
@@ -105,6 +107,13 @@ class Padding:
     def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The token inputs; an optional one may be missing, or None."""
         return {name: x for name in self.token_dims if isinstance(x := inputs.get(name), torch.Tensor)}
+
+
+def _no_tensor(inputs: Mapping[str, Any], name: str) -> str:
+    if name not in inputs:
+        return f"{name} is missing"
+    x = inputs[name]
+    return f"{name} is None" if x is None else f"{name} is a {type(x).__name__}, not a tensor"
 
 
 def pad(x: torch.Tensor, dim: int, num_rows: int, value: Number = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Self
 
 from dbo_compile.config import Config
@@ -25,6 +25,14 @@ class Phase(Enum):
     PREFILL = "prefill"
 
 
+class Pads(IntEnum):
+    """Which steps are padded as far as one rank knows: none, those in which ranks differ in size, or all."""
+
+    NEVER = 0
+    UNEVEN = 1
+    ALWAYS = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What one rank brings to a step, and wants of it. A rank without tokens is idle: it has no say, but joins.
@@ -32,7 +40,8 @@ class Wish:
     `padded_tokens` is the bucket of `num_tokens`; `num_elements` is the size of its first token input, padded: what
     tells sequences of 4,000 tokens from as many of 4. `program` and `config` are fingerprints, 16 hexadecimal digits
     each; a rank whose graph is not split has the program `NOT_SPLIT`. `decode` says that the rank's requests bring one
-    token each. A rank whose inputs are wrong comes all the same, with a wish that is not valid.
+    token each. A rank whose inputs are wrong comes all the same, with a wish that is not valid. `pads` says when rows
+    of padding are known to do no harm, or cannot be done without.
     """
 
     num_tokens: int
@@ -44,10 +53,16 @@ class Wish:
     program: str
     config: str
     is_valid: bool = True
+    pads: Pads = Pads.ALWAYS
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_tokens <= self.padded_tokens:
             raise ValueError(f"{self.num_tokens} tokens cannot be padded to {self.padded_tokens}")
+
+    def unpadded(self) -> Self:
+        """The same wish for a step in which no rank pads."""
+        elements = self.num_elements * self.num_tokens // self.padded_tokens
+        return replace(self, padded_tokens=self.num_tokens, num_elements=elements)
 
     def stands_for(self, wish: Wish) -> bool:
         """Whether ranks that were told this one may play the other: what they act on is the same in both."""
@@ -63,14 +78,15 @@ class Wish:
         return replace(cls.idle(program, config), is_valid=False)
 
     def packed(self) -> tuple[int, ...]:
-        *numbers, program, config, is_valid = (getattr(self, name) for name in self.__slots__)
-        return (*numbers, _to_int64(program), _to_int64(config), is_valid)
+        *numbers, program, config, is_valid, pads = (getattr(self, name) for name in self.__slots__)
+        return (*numbers, _to_int64(program), _to_int64(config), is_valid, pads)
 
     @classmethod
     def unpacked(cls, column: Sequence[int]) -> Self:
-        tokens, padded, elements, *wants, program, config, is_valid = column
+        tokens, padded, elements, *wants, program, config, is_valid, pads = column
         split, gate, decode = map(bool, wants)
-        return cls(tokens, padded, elements, split, gate, decode, _to_hex(program), _to_hex(config), bool(is_valid))
+        fingerprints = _to_hex(program), _to_hex(config)
+        return cls(tokens, padded, elements, split, gate, decode, *fingerprints, bool(is_valid), Pads(pads))
 
 
 NUM_ROWS = len(Wish.__slots__)
@@ -100,8 +116,9 @@ class BatchPlan:
     """How a step is played, the same on every rank: it has nothing in it that only one rank knows.
 
     Every rank plays `padded_tokens` in `num_microbatches` (1: unsplit, `reason` says why; 0: nothing is played),
-    whatever its own number in `num_tokens`. With `gate`, both programs are played and compared. `followers` are the
-    ranks whose graph is not split: such a graph cannot be padded, and then none is.
+    whatever its own number in `num_tokens`; or its own number, if the step is none that ranks `pads`. With `gate`, both
+    programs are played and compared. `followers` are the ranks whose graph is not split: such a graph cannot be padded,
+    and then none is.
     """
 
     num_tokens: tuple[int, ...]
@@ -112,13 +129,20 @@ class BatchPlan:
     phase: Phase
     reason: str
     followers: tuple[int, ...] = ()
+    pads: bool = True
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all ranks have as many tokens."""
+        return len({*self.num_tokens}) == 1
 
     def __str__(self) -> str:
         if not self.num_microbatches:
             return f"nothing is played: {self.reason}"
         how = f"not split: {self.reason}" if self.reason else f"{self.num_microbatches} microbatches"
         gate = ", with the gate" if self.gate else ""
-        return f"{self.phase.value} of {list(self.num_tokens)} tokens padded to {self.padded_tokens}, {how}{gate}"
+        padded = f" padded to {self.padded_tokens}" if self.pads else ""
+        return f"{self.phase.value} of {list(self.num_tokens)} tokens{padded}, {how}{gate}"
 
 
 def decide(wishes: Sequence[Wish], limits: Limits) -> BatchPlan:
@@ -126,7 +150,8 @@ def decide(wishes: Sequence[Wish], limits: Limits) -> BatchPlan:
 
     * All ranks split or none, and every rank that is not idle must want it. The smallest of them must reach the
       threshold; it is that of decode only where all of them decode.
-    * All pad to the largest. Buckets grow with the number of tokens, so the largest bucket is that of the largest rank.
+    * All pad to the largest, or none pads. Buckets grow with the number of tokens, so the largest bucket is that of the
+      largest rank. Ranks with as many tokens as each other pad only where all know that it does no harm.
     * A microbatch that has padding alone is legal, as in vLLM's second runner (its first one gave up the split). It
       is played like any other, since a program knows rows and not requests, and an idle rank has only such microbatches
       anyway: what is right for 0 tokens cannot be wrong for 3. Whether that pays off is what the thresholds are for.
@@ -141,15 +166,19 @@ def decide(wishes: Sequence[Wish], limits: Limits) -> BatchPlan:
     busy = {rank: wish for rank, wish in enumerate(wishes) if wish.num_tokens}
     if not busy:
         return BatchPlan(num_tokens, 0, 0, 0, gate=False, phase=Phase.IDLE, reason="no rank has tokens")
+    followers = tuple(rank for rank, wish in busy.items() if wish.program == NOT_SPLIT)
+    enough = Pads.ALWAYS if len({*num_tokens}) == 1 else Pads.UNEVEN
+    pads = not followers and all(wish.pads >= enough for wish in busy.values())
+    if not pads:
+        busy = {rank: wish.unpadded() for rank, wish in busy.items()}
     padded = max(wish.padded_tokens for wish in busy.values())
     phase = Phase.DECODE if all(wish.decode for wish in busy.values()) else Phase.PREFILL
-    followers = tuple(rank for rank, wish in busy.items() if wish.program == NOT_SPLIT)
     reason = f"the graph of {listed(followers)} is not split" if followers else ""
     reason = reason or _why_not_split(busy, padded, phase, limits)
     num_microbatches = 1 if reason else limits.num_microbatches
     gate = not reason and any(wish.wants_gate for wish in busy.values())
     num_elements = max(wish.num_elements for wish in busy.values())
-    return BatchPlan(num_tokens, padded, num_elements, num_microbatches, gate, phase, reason, followers)
+    return BatchPlan(num_tokens, padded, num_elements, num_microbatches, gate, phase, reason, followers, pads)
 
 
 def _why_not_split(busy: Mapping[int, Wish], padded: int, phase: Phase, limits: Limits) -> str:
@@ -161,11 +190,21 @@ def _why_not_split(busy: Mapping[int, Wish], padded: int, phase: Phase, limits: 
     threshold = limits.min_decode_tokens if phase is Phase.DECODE else limits.min_prefill_tokens
     smallest = min(busy, key=lambda rank: busy[rank].num_tokens)
     if (fewest := busy[smallest].num_tokens) < threshold:
-        whose = f"rank {smallest} has {fewest} tokens" if len(busy) > 1 else f"it has {fewest} tokens"
-        return f"{whose}, and a {phase.value} is split from {threshold} tokens on"
+        whose = f"rank {smallest}" if len(busy) > 1 else "it"
+        tokens = "1 token" if fewest == 1 else f"{fewest} tokens"
+        return f"{whose} has {tokens}, and a {phase.value} is split from {threshold} on (min_tokens)"
     if padded < n * least:
         return f"{padded} tokens do not make {n} microbatches of at least {least}"
     return ""
+
+
+def has_to_be_padded(plan: BatchPlan, why: str) -> Disagreement:
+    """The same error on every rank: what ranks bring has to be padded, and must not be for the reason `why`."""
+    return Disagreement(
+        f"ranks bring {', '.join(map(str, plan.num_tokens))} tokens, which have to be padded to one number, and cannot "
+        f"be: {why}. Leave out pad_to and give all ranks as many tokens, or take that op out of the compiled part of "
+        "the model."
+    )
 
 
 def check_same(what: str, fingerprints: Mapping[int, str]) -> None:

@@ -15,7 +15,7 @@ from dbo_compile.runtime.cuts import Cut, cut_requests
 from dbo_compile.runtime.force import InForce, step_in_force
 from dbo_compile.runtime.gate import Gate
 from dbo_compile.runtime.padding import Buckets, is_decode
-from dbo_compile.runtime.plan import BatchPlan, Limits, Wish, check_same
+from dbo_compile.runtime.plan import BatchPlan, Limits, Pads, Wish, check_same, has_to_be_padded
 from dbo_compile.runtime.requests import RequestTable
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.tune import Decision, Size
@@ -114,7 +114,8 @@ class Planner:
     def _wish_of(self, num_tokens: int, elements: int, decode: bool, *, can_split: bool) -> Wish:
         bucket = self._buckets.bucket(num_tokens)
         wants_gate, program, config = self._gate.is_wanted, self.fingerprint, self._config_fingerprint
-        return Wish(num_tokens, bucket, elements * bucket, can_split, wants_gate, decode, program, config)
+        pads = Pads.ALWAYS if self._pads else Pads.NEVER
+        return Wish(num_tokens, bucket, elements * bucket, can_split, wants_gate, decode, program, config, pads=pads)
 
     def _come_wrong(self) -> None:
         self.agreement.meet(Wish.wrong(self.fingerprint, self._config_fingerprint))
@@ -138,17 +139,22 @@ class Planner:
     # -- what this rank makes of a plan -----------------------------------------------------------------------------
 
     def turn(self, plan: BatchPlan, call: Call) -> Turn:
-        """How the call of a plan is played on this rank. Raises `ValueError` if it had to be padded and cannot be."""
-        uneven = any(n != plan.padded_tokens for n in plan.num_tokens) and not plan.followers
-        if uneven and self.signature.unpaddable and (call.force or self._has_buckets):
-            raise ValueError(f"steps of this model cannot be padded: {self.signature.unpaddable}")
-        is_padded = self._pads and not call.force and not plan.followers
-        num_rows = plan.padded_tokens if is_padded else call.sizes[0]
+        """How the call of a plan is played on this rank. Raises `Disagreement` if it had to be padded and cannot be,
+        and `Unpaddable` if it was before that was known."""
+        self._check_rows(plan, call.force)
+        num_rows = plan.padded_tokens if plan.pads and not call.force else call.sizes[0]
         cut, reason = self._split(plan, call, num_rows)
         gates = plan.gate or (call.force is not None and self._gate.is_wanted)
         if self.may_be_alone(call):
             gates = any(wants for wants, in self.agreement.share([gates]))
         return Turn(plan, cut, num_rows, reason, gates)
+
+    def _check_rows(self, plan: BatchPlan, force: InForce | None) -> None:
+        if force:
+            force.meet(self.signature)
+        is_padded = force.pads if force else plan.pads
+        if self.signature.same_size and not (plan.is_even or plan.followers or is_padded):
+            raise has_to_be_padded(plan, self.signature.unpaddable or "another part of the model must not be")
 
     def recut(self, turn: Turn, call: Call) -> Cut:
         """How the same call is cut for programs that have been made since."""
@@ -193,18 +199,18 @@ class Planner:
         except NotSplit as why:
             cut, reason = Cut(), str(why)
         cut = Cut() if reason else cut
-        if not plan.reason and self._may_differ and self.agreement.size > 1:
+        if not plan.reason and self._may_differ(plan, call.force) and self.agreement.size > 1:
             can = self.agreement.share([bool(cut.rows)])
             if cut.rows and not all(c for c, in can):
                 cut, reason = Cut(), "another rank cannot split it"
         return cut, reason
 
-    @property
-    def _may_differ(self) -> bool:
+    def _may_differ(self, plan: BatchPlan, force: InForce | None) -> bool:
         """Whether ranks that agreed to split may still differ in whether they can: by what the guards speak of, or by
-        requests, where their wishes did not know them or how far the step is padded."""
-        unknown = self.signature.requests is not None and (self._pads or step_in_force() is not None)
-        return unknown or self._guards.know_others
+        requests or sizes, where their wishes did not know them or how far the step is padded."""
+        unknown = self.signature.requests is not None and (self._pads or force is not None)
+        own_sizes = force is not None and not (force.pads or plan.is_even)
+        return unknown or own_sizes or self._guards.know_others
 
 
 def _hash(*texts: str) -> str:

@@ -24,7 +24,7 @@ from dbo_compile.config import Config
 from dbo_compile.errors import Disagreement, RankLost
 from dbo_compile.runtime import agree, links, rollcall
 from dbo_compile.runtime.agree import Agreement, agreement_over
-from dbo_compile.runtime.plan import NUM_ROWS, BatchPlan, Limits, Phase, Wish, decide, listed
+from dbo_compile.runtime.plan import NUM_ROWS, BatchPlan, Limits, Pads, Phase, Wish, decide, listed
 from dbo_compile.runtime.rollcall import Roll, RollCall
 from tests.ranks import Ranks
 
@@ -33,9 +33,11 @@ LIMITS = Limits(2, min_decode_tokens=5, min_prefill_tokens=17, least_rows=3)
 IDLE = Wish.idle(PROGRAM, CONFIG)
 
 
-def wish(num_tokens, padded=None, *, split=True, gate=False, decode=False, program=PROGRAM, config=CONFIG):
+def wish(
+    num_tokens, padded=None, *, split=True, gate=False, decode=False, program=PROGRAM, config=CONFIG, pads=Pads.ALWAYS
+):
     padded = num_tokens if padded is None else padded
-    return Wish(num_tokens, padded, 3 * padded, split, gate, decode, program, config)
+    return Wish(num_tokens, padded, 3 * padded, split, gate, decode, program, config, pads=pads)
 
 
 # -- the rules --------------------------------------------------------------------------------------------------------
@@ -49,24 +51,38 @@ PLANS = [
     ([wish(23, decode=True), IDLE], "decode of [23, 0] tokens padded to 23, 2 microbatches"),
     (
         [wish(23, decode=True), wish(4, decode=True, gate=True)],
-        "decode of [23, 4] tokens padded to 23, not split: rank 1 has 4 tokens, and a decode is split from 5 tokens on",
+        "decode of [23, 4] tokens padded to 23, not split: rank 1 has 4 tokens, and a decode is split from 5 on "
+        "(min_tokens)",
     ),
     (
         [wish(23), wish(5, decode=True)],
-        "prefill of [23, 5] tokens padded to 23, not split: rank 1 has 5 tokens, and a prefill is split from 17 "
-        "tokens on",
+        "prefill of [23, 5] tokens padded to 23, not split: rank 1 has 5 tokens, and a prefill is split from 17 on "
+        "(min_tokens)",
     ),
+    ([wish(1, 2, decode=True)], "decode of [1] tokens padded to 2, not split: it has 1 token, and a decode is split "
+     "from 5 on (min_tokens)"),
     (
         [wish(3, split=False), wish(19, 31), IDLE, wish(29, split=False)],
         "prefill of [3, 19, 0, 29] tokens padded to 31, not split: ranks 0 and 3 declined",
     ),
     ([IDLE, IDLE, IDLE], "nothing is played: no rank has tokens"),
+    ([wish(19, 24, pads=Pads.UNEVEN), wish(19, 24)], "prefill of [19, 19] tokens, 2 microbatches"),
+    (
+        [wish(19, 24, pads=Pads.UNEVEN), wish(29, 32), IDLE],
+        "prefill of [19, 29, 0] tokens padded to 32, 2 microbatches",
+    ),
+    ([wish(19, 24, pads=Pads.NEVER), wish(29, 32)], "prefill of [19, 29] tokens, 2 microbatches"),
 ]
 
 
 @pytest.mark.parametrize(("wishes", "plan"), PLANS)
 def test_the_plan_of_these_wishes(wishes, plan):
     assert str(decide(wishes, LIMITS)) == plan
+
+
+def test_a_plan_without_padding_has_the_size_of_the_largest_rank():
+    plan = decide([wish(19, 24, pads=Pads.NEVER), wish(29, 32)], LIMITS)
+    assert (plan.padded_tokens, plan.num_elements) == (29, 87)
 
 
 def test_all_idle_says_that_nothing_is_played():
@@ -104,7 +120,8 @@ def wishes(draw):
         return IDLE
     mostly = st.integers(0, 7).map(bool)
     padded = bucket(num_tokens)
-    return wish(num_tokens, padded, split=draw(mostly), gate=draw(st.booleans()), decode=draw(mostly))
+    pads = draw(st.sampled_from([*Pads, *3 * [Pads.ALWAYS]]))
+    return wish(num_tokens, padded, split=draw(mostly), gate=draw(st.booleans()), decode=draw(mostly), pads=pads)
 
 
 steps = st.lists(wishes(), min_size=1, max_size=8)
@@ -129,10 +146,11 @@ def test_all_split_exactly_if_every_rank_wants_it_and_the_smallest_is_large_enou
 
 
 @given(steps, limits)
-def test_all_pad_to_the_bucket_of_the_largest(step, limits):
-    plan = decide(step, limits)
+def test_all_pad_to_the_bucket_of_the_largest_or_none_does(step, limits):
+    plan, busy = decide(step, limits), [w for w in step if w.num_tokens]
     assert plan.num_tokens == tuple(w.num_tokens for w in step)
-    assert plan.padded_tokens == bucket(max(plan.num_tokens))
+    assert plan.pads == all(w.pads >= (Pads.ALWAYS if plan.is_even else Pads.UNEVEN) for w in busy)
+    assert plan.padded_tokens == (bucket(max(plan.num_tokens)) if plan.pads else max(plan.num_tokens))
 
 
 @given(steps, limits, st.randoms())
@@ -145,6 +163,7 @@ def test_no_rank_counts_more_than_another(step, limits, rng):
 
 @given(steps, limits, st.integers(0, 8), st.booleans())
 def test_an_idle_rank_has_no_say(step, limits, at, gate):
+    step = [replace(w, pads=Pads.ALWAYS) for w in step]  # beside an idle rank, the others differ from it in size
     more = list(step)
     more.insert(at, replace(IDLE, wants_gate=gate))
     plan, joined = decide(step, limits), decide(more, limits)

@@ -8,12 +8,14 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from dbo_compile.config import Config
-from dbo_compile.errors import NotSplit
+from dbo_compile.errors import Disagreement, NotSplit, Unpaddable
 from dbo_compile.ir.tokens import TOKENS
 from dbo_compile.runtime import ways as ways_module
 from dbo_compile.runtime.agree import Agreement
 from dbo_compile.runtime.engine import Engine
+from dbo_compile.runtime.force import InForce, in_force
 from dbo_compile.runtime.lanes import WorkLanes
+from dbo_compile.runtime.plan import BatchPlan, Phase
 from dbo_compile.runtime.rows import MOST_SHIFT, Guards, find_rows
 from dbo_compile.runtime.signature import Signature, TokenInput
 from dbo_compile.runtime.ways import Programs, Whole
@@ -21,14 +23,16 @@ from dbo_compile.runtime.ways import Programs, Whole
 LENGTH = sympy.Symbol("s7", integer=True, positive=True)
 
 
-def engine(*guards, n=2, inputs=("x",), symbols=None, modules=None, whole=lambda *_: ("whole",), **options):
+def engine(
+    *guards, n=2, inputs=("x",), symbols=None, modules=None, whole=lambda *_: ("whole",), signature=None, **options
+):
     """An engine whose programs tell the rows they were played with; `whole` says so."""
     config = Config(**({"num_microbatches": n, "inner": "eager", "split": "always", "gate": "never"} | options))
     token_inputs = tuple(TokenInput(i, 0, name) for i, name in enumerate(inputs))
     return Engine(
         Programs(modules or {m: told for m in (1, n)}, Guards(guards, list(symbols or {})), "5" * 16),
         Whole(whole),
-        Signature(token_inputs, symbol_inputs=symbols or {}, output_dims=(None,)),
+        Signature(token_inputs, symbol_inputs=symbols or {}, output_dims=(None,), **(signature or {})),
         Agreement(None, timeout_s=1.0),
         config,
     )
@@ -116,6 +120,40 @@ def test_nothing_is_joined_where_code_was_not_compiled_for_all_rows():
     assert [found(torch.ones(9, 2)) for _ in range(30)] == [((5, 4),)] * 30
 
 
+def test_a_graph_that_cannot_be_padded_is_played_as_it_comes():
+    found = engine(pad_to=(8, 16), signature={"unpaddable": "it has a mean"})
+    assert [found(torch.ones(n, 2)) for n in (9, 7, 16)] == [((5, 4),), ((4, 3),), ((8, 8),)]
+
+
+def uneven(*, pads):
+    """A step in which another rank brings two tokens less."""
+    plan = BatchPlan((9, 7), 16, 32, 2, gate=False, phase=Phase.PREFILL, reason="", pads=pads)
+    return InForce(plan, is_first=False, num_tokens=9, pads=pads)
+
+
+def test_what_is_exchanged_over_the_step_is_not_played_by_ranks_that_differ_and_do_not_pad():
+    found = engine(signature={"same_size": True})
+    with in_force(uneven(pads=True)):
+        assert found(torch.ones(16, 2)) == ((8, 8),)
+    with in_force(uneven(pads=False)), pytest.raises(Disagreement, match="bring 9, 7 tokens, which have to be padded"):
+        found(torch.ones(9, 2))
+
+
+def test_ranks_that_differ_and_do_not_pad_ask_each_other_whether_they_can_split():
+    found = engine(multiple_of(4))
+    found.agreement.size, found.agreement.share = 2, lambda values: [tuple(values), (False,)]
+    with in_force(uneven(pads=False)):
+        assert found(torch.ones(8, 2)) == ((8,),)
+    assert found.calls.declined == {"another rank cannot split it": 1}
+
+
+def test_a_step_that_was_padded_before_its_graph_was_known_is_not_played_nor_counted():
+    found, step = engine(signature={"unpaddable": "it has a mean"}), uneven(pads=True)
+    with in_force(step), pytest.raises(Unpaddable, match=r"^it has a mean$"):
+        found(torch.ones(16, 2))
+    assert (found.calls.total, step.num_played, step.can_pad) == (0, 0, False)
+
+
 def test_a_split_point_is_looked_for_as_far_as_said():
     assert rows(3 * MOST_SHIFT, multiple_of(MOST_SHIFT)) == (MOST_SHIFT, 2 * MOST_SHIFT)
 
@@ -126,8 +164,8 @@ def test_calls_are_counted_with_their_reasons():
     assert played == [((5, 4),), ((4,),), ((4, 3),), ((4,),), ((3,),)]
     assert (found.calls.total, found.calls.split) == (5, 2)
     assert found.calls.declined == {
-        "it has 4 tokens, and a prefill is split from 5 tokens on": 2,
-        "it has 3 tokens, and a prefill is split from 5 tokens on": 1,
+        "it has 4 tokens, and a prefill is split from 5 on (min_tokens)": 2,
+        "it has 3 tokens, and a prefill is split from 5 on (min_tokens)": 1,
     }
 
 

@@ -163,8 +163,22 @@ def test_inputs_that_differ_in_their_tokens_are_refused_by_name():
     padding = Padding({"ids": 0, "positions": -1}, {})
     with pytest.raises(ValueError, match=r"one number of tokens \(ids: 3, positions: 5\); see token_dims"):
         padding.num_tokens({"ids": torch.zeros(3), "positions": torch.zeros(3, 5)})
-    with pytest.raises(ValueError, match="there is none"):
-        padding.num_tokens({"ids": None})
+    with pytest.raises(ValueError, match=r"\(ids: 3, positions: 5, mask is a list, not a tensor\)"):
+        Padding({"ids": 0, "positions": -1, "mask": 0}, {}).num_tokens(
+            {"ids": torch.zeros(3), "positions": torch.zeros(3, 5), "mask": [1]}
+        )
+
+
+def test_token_inputs_none_of_which_is_a_tensor_are_refused_by_what_they_are():
+    padding = Padding({"ids": 0, "positions": -1, "mask": 0}, {})
+    with pytest.raises(ValueError, match=r"\(ids is a list, not a tensor, positions is None, mask is missing\)"):
+        padding.num_tokens({"ids": [1, 2], "positions": None})
+
+
+def test_a_token_dim_that_an_input_has_not_is_refused_by_name():
+    for dim in (2, -3):
+        with pytest.raises(ValueError, match=rf"^token_dims names dim {dim} of ids, whose shape is \[3, 5\]$"):
+            Padding({"ids": dim}, {}).num_tokens({"ids": torch.zeros(3, 5)})
 
 
 def test_a_value_that_the_dtype_cannot_hold_is_refused_by_name():
