@@ -12,6 +12,7 @@ from dbo_compile.config import Config
 from dbo_compile.errors import Disagreement, RankLost
 from dbo_compile.log import logger
 from dbo_compile.runtime.agree import Agreement
+from dbo_compile.runtime.capture import CapturePlayer
 from dbo_compile.runtime.cuts import CutSteps
 from dbo_compile.runtime.force import step_in_force
 from dbo_compile.runtime.gate import Gate
@@ -83,6 +84,8 @@ class Engine:
     @player.setter
     def player(self, player: Player) -> None:
         self.ways.player = player
+        if isinstance(player, CapturePlayer):
+            self.ways.graphs = player
 
     @property
     def fingerprint(self) -> str:
@@ -105,6 +108,9 @@ class Engine:
     # -- one call -----------------------------------------------------------------------------------------------------
 
     def _call(self, plan: BatchPlan, call: Call) -> Any:
+        self.ways.captures = not plan.followers
+        if plan.has_news:
+            self.ways.settle()
         if not call.is_even:
             pairs = zip(self.signature.token_inputs, call.sizes, strict=True)
             listed = ", ".join(f"{t.name}: {size}" for t, size in pairs)
@@ -190,8 +196,9 @@ class Follower:
 
     def __call__(self, *args: Any) -> Any:
         force = step_in_force()
-        if force is None:
-            self.agreement.agree(self.wish, self.limits)
-        elif force.is_first:
+        plan = force.plan if force else self.agreement.agree(self.wish, self.limits)
+        if force and force.is_first:
+            self.agreement.share([0])
+        if plan.has_news:
             self.agreement.share([0])
         return self.fn(*args)

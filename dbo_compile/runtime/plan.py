@@ -101,7 +101,8 @@ class BatchPlan:
 
     Every rank plays `padded_tokens` in `num_microbatches` (1: unsplit, `reason` says why; 0: nothing is played),
     whatever its own number in `num_tokens`. With `gate`, both programs are played and compared. `followers` are the
-    ranks whose graph is not split: such a graph cannot be padded, and then none is.
+    ranks whose graph is not split: such a graph cannot be padded, and then none is. `has_news`: some rank has asked for
+    an exchange (`Agreement.tell`).
     """
 
     num_tokens: tuple[int, ...]
@@ -112,6 +113,7 @@ class BatchPlan:
     phase: Phase
     reason: str
     followers: tuple[int, ...] = ()
+    has_news: bool = False
 
     def __str__(self) -> str:
         if not self.num_microbatches:
