@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from dbo_compile.log import logger
+from dbo_compile.runtime.agree import Agreement
 from dbo_compile.runtime.capture import CapturePlayer
 from dbo_compile.runtime.cuda import CudaGraphs
 from dbo_compile.runtime.graphs import Limits, Player
@@ -25,6 +26,7 @@ def player_for(
     cuda_graph: bool | str,
     uncapturable: str,
     limits: Limits,
+    ranks: Agreement | None = None,
     graph_memory_gib: float | None = None,
     comm_sms: int | None = None,
     sms_setters: Sequence[SetNumSms] = (),
@@ -32,7 +34,7 @@ def player_for(
     """Streams where the tensors are on an accelerator, `otherwise` elsewhere.
 
     `uncapturable` is the reason why programs of this graph cannot be captured, "" if they can. `cuda_graph="auto"`
-    captures what can be; True does the same, and warns of what cannot.
+    captures what can be; True does the same, and warns of what cannot. `ranks` are those whose graphs belong together.
     """
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or accelerator.type != device.type:
@@ -47,4 +49,4 @@ def player_for(
         logger.log(level, "programs are played uncaptured: %s", uncapturable)
         return player
     most_bytes = None if graph_memory_gib is None else int(graph_memory_gib * GIB)
-    return CapturePlayer(player, CudaGraphs(device), device, replace(limits, most_bytes=most_bytes))
+    return CapturePlayer(player, CudaGraphs(device), device, replace(limits, most_bytes=most_bytes), ranks)
