@@ -76,6 +76,11 @@ class CudaGraphs:
         torch.cuda.empty_cache()
         self.pool = torch.cuda.graph_pool_handle()
 
+    def memory_size(self) -> int:
+        """All memory that the device has."""
+        _, total = torch.cuda.mem_get_info(self.device)
+        return total
+
     def memory_used(self) -> int:
         """All memory of the device that is in use, that of the driver for graphs included."""
         torch.cuda.synchronize(self.device)

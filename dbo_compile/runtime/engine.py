@@ -104,6 +104,7 @@ class Engine:
         """Time every size again; to be called on all ranks at the same place."""
         self.tuner.forget()
         self._refiner.forget()
+        self.ways.forget(lambda _key: True)
 
     # -- one call -----------------------------------------------------------------------------------------------------
 
@@ -152,10 +153,14 @@ class Engine:
         if not is_timed or (way == SPLIT and turn.gates):
             return self._played(way, turn, call, size, args)
         synchronize(args)
-        start = time.perf_counter()
+        start, num_unsteady = time.perf_counter(), self.ways.num_unsteady
         results = self._played(way, turn, call, size, args)
         synchronize(args)
-        self.tuner.took(size, way, time.perf_counter() - start, self._refiner.costs.get(size, {}))
+        seconds, is_steady = time.perf_counter() - start, self.ways.num_unsteady == num_unsteady
+        self.tuner.took(size, way, seconds, self._refiner.costs.get(size, {}), is_steady=is_steady)
+        if size in self.decisions:
+            chosen = self.ways.modules(self.decisions[size].chosen, self._refiner.programs.get(size))
+            self.ways.forget(lambda key: coarse(sum(key.rows)) == size.tokens and key.module not in chosen)
         return results
 
     def _common_way(self, way: str, is_timed: bool, *trials: int) -> tuple[str, bool]:

@@ -58,7 +58,7 @@ class Gate:
         trial = Trial(self._ways, self._ways.agreement, num_rows, args)
         fault = trial.fault(cut)
         if fault and cut.rows and (other := self._without_trust(fault)):
-            self._ways.programs = other
+            self._ways.replace(other)
             cut = recut()
             fault = trial.fault(cut) if cut.rows else fault
         trial.close()

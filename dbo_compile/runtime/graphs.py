@@ -135,8 +135,8 @@ class Limits:
     carry tokens, and lie elsewhere where they are padded. `names` are for messages. `most_bytes` is what all graphs
     may take (None: any number).
 
-    With `clone`, results are the caller's to keep. Without, they are valid until the program is next played for the
-    same size, and then hold what that play made.
+    With `clone`, results are the caller's to keep. Without, they are valid until a program is next played for any size:
+    graphs share their memory, and another one may write over them.
     """
 
     static: frozenset[int] = frozenset()

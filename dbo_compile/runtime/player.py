@@ -17,6 +17,9 @@ from dbo_compile.runtime.sms import BudgetPlayer, SetNumSms
 from dbo_compile.runtime.streams import Accelerator, StreamPlayer
 
 GIB = 2**30
+MOST_OF_DEVICE = 1 / 8
+"""The share of a device that the graphs of one compiled graph may take if nothing is said: where steps are not padded,
+each size that comes twice has one."""
 
 
 def player_for(
@@ -48,5 +51,6 @@ def player_for(
         level = logging.WARNING if cuda_graph is True else logging.INFO
         logger.log(level, "programs are played uncaptured: %s", uncapturable)
         return player
-    most_bytes = None if graph_memory_gib is None else int(graph_memory_gib * GIB)
-    return CapturePlayer(player, CudaGraphs(device), device, replace(limits, most_bytes=most_bytes), ranks)
+    graphs = CudaGraphs(device)
+    most_bytes = int(graphs.memory_size() * MOST_OF_DEVICE if graph_memory_gib is None else graph_memory_gib * GIB)
+    return CapturePlayer(player, graphs, device, replace(limits, most_bytes=most_bytes), ranks)

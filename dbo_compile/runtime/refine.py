@@ -98,6 +98,6 @@ class _Stopwatch:
 
 
 def synchronize(args: Sequence[Any]) -> None:
-    """Wait until the accelerator has done what it was given, if the arguments are on one."""
-    if any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in args):
-        torch.accelerator.synchronize()
+    """Wait until the accelerators that the arguments are on have done what they were given."""
+    for device in {x.device for x in args if isinstance(x, torch.Tensor) and x.device.type != "cpu"}:
+        torch.accelerator.synchronize(device)

@@ -12,7 +12,7 @@ from torch import nn
 from dbo_compile.runtime.agree import Agreement
 from dbo_compile.runtime.capture import CapturePlayer, uncaptured
 from dbo_compile.runtime.cuts import Cut
-from dbo_compile.runtime.graphs import Player
+from dbo_compile.runtime.graphs import Key, Player
 from dbo_compile.runtime.lanes import WaitFor, WorkLanes
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.signature import Signature
@@ -111,6 +111,29 @@ class Ways:
             return (by or self._player)(self.programs.modules[1], (num_rows,), args)
         results: Sequence[Any] = self.whole.eager(*args)
         return results
+
+    def modules(self, way: str, refined: Programs | None) -> list[Callable[..., Any]]:
+        """The emitted modules that a way may play."""
+        if way == UNSPLIT:
+            return [self.programs.modules[1]]
+        programs = {SPLIT: self.programs, REFINED: refined}.get(way)
+        split = {n: module for n, module in programs.modules.items() if n > 1} if programs else {}
+        return [*split.values(), *programs.apart.values()] if programs else []
+
+    @property
+    def num_unsteady(self) -> int:
+        """How many plays so far were followed by faster ones: they were to be captured, or were being so."""
+        return self.graphs.num_unsteady if self.graphs else 0
+
+    def forget(self, is_lost: Callable[[Key], bool]) -> None:
+        """Give back the memory of captured graphs that are of no more use; all ranks do at the same place."""
+        if self.graphs:
+            self.graphs.forget(is_lost)
+
+    def replace(self, programs: Programs) -> None:
+        """Play other programs from now on."""
+        self.programs = programs
+        self.forget(lambda _key: True)
 
     def settle(self) -> None:
         """Forget captured graphs that something has moved from under on any rank; all ranks come here at once."""

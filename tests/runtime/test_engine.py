@@ -232,3 +232,22 @@ def test_a_graph_that_is_not_split_is_at_the_exchange_of_news_too():
         follower.agreement.also = {"has_news": has_news}
         follower(torch.ones(9, 2))
     assert follower.agreement.shared == [(0,)]
+
+
+def test_the_graphs_of_ways_that_lost_are_given_back_and_captures_are_not_timed(monkeypatch):
+    found, graphs = capturing_engine(modules={1: lambda *_: (), 2: told}, split="auto", policy="alternate")
+    timed, took = [], found.tuner.took
+
+    def note(size, way, _seconds, costs, *, is_steady):
+        timed.append((way, is_steady))
+        took(size, way, 1.0 if way == "split" else 2.0, costs, is_steady=is_steady)
+
+    monkeypatch.setattr(found.tuner, "took", note)
+    x = torch.ones(9, 2)
+    while not found.decisions:
+        found(x)
+    assert timed[:6] == [(way, steady) for way in ("split", "unsplit") for steady in (False, False, True)]
+    assert graphs.log.count("capture") == 2
+    assert [key.rows for key in found.ways.graphs.graphs] == [(5, 4)]
+    found.retune()
+    assert found.ways.graphs.graphs == {}
