@@ -21,6 +21,7 @@ from dbo_compile.compat.aot import (
 )
 from dbo_compile.compat.devices import (
     Symmetric,
+    free_memory,
     gemm_sms_left_free,
     leave_sms_free,
     process_group,
@@ -59,6 +60,7 @@ __all__ = [
     "compile_id",
     "compiled_apart",
     "evaluate",
+    "free_memory",
     "gemm_sms_left_free",
     "generated_file",
     "graph_guards",
