@@ -18,6 +18,7 @@ from dbo_compile.compat.aot import (
     to_aten,
     updates_inputs,
     whole_graph_inductor,
+    whole_inductor,
 )
 from dbo_compile.compat.devices import (
     Symmetric,
@@ -89,5 +90,6 @@ __all__ = [
     "updates_inputs",
     "while_dynamo_compiles",
     "whole_graph_inductor",
+    "whole_inductor",
     "without_fake_tensors",
 ]

@@ -7,8 +7,10 @@ import sympy
 import torch
 import torch.distributed._functional_collectives as funcol
 from torch import nn
+from torch._inductor import config
 
-from dbo_compile import backend
+from dbo_compile import backend, reports
+from dbo_compile.compat import aot
 from dbo_compile.runtime.given import RequestInputs
 from dbo_compile.runtime.signature import Signature, TokenInput
 
@@ -72,3 +74,16 @@ def test_ranks_capture_together_where_they_play_the_same_sizes(told, pads, why):
     found = Signature(ALL, **told).may_differ(pads=pads)
     assert found.startswith(why)
     assert bool(found) == bool(why)
+
+
+def test_segments_are_compiled_without_graphs_of_inductors_own(group, monkeypatch):
+    """`TORCHINDUCTOR_CUDAGRAPHS=1` would nest them in ours; for the whole graph in one piece it is the user's wish."""
+    compile_fx, seen = aot.compile_fx, []
+    monkeypatch.setattr(aot, "compile_fx", lambda *args: seen.append(config.triton.cudagraphs) or compile_fx(*args))
+    options = {"split": "always", "gate": "never"}
+    with torch.no_grad(), config.patch({"triton.cudagraphs": True}):
+        model = torch.compile(Model(group), backend="dbo", options=options, fullgraph=True)
+        model(torch.randn(9, 5), torch.zeros(9, 5), torch.ones(5))
+        assert (set(seen), len(seen) > 1) == ({False}, True)
+        reports()[-1].compilation.compile_whole()
+    assert seen[-1] is True
