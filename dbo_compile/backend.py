@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -106,12 +107,14 @@ def _split(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, gr
     tokens = capture.make_symbolic(tokens, requests, capture.dims_as_long(gm, example_inputs, num_tokens))
     agreement = _agreement(groups, config, tokens[0].tensor.device)
 
+    static = [i for i, (node, x) in enumerate(zip(g.inputs(gm.graph), example_inputs, strict=True))
+              if isinstance(x, torch.Tensor) and compat.is_static(node, x)]
     report = Report(captured=gm.graph)
 
     def compile_aten(aten_gm: fx.GraphModule, fake_inputs: Sequence[Any]) -> Engine:
         with agreement.busy():
             try:
-                report.compilation, report.engine = compile_graph(aten_gm, tokens, config, agreement, requests)
+                report.compilation, report.engine = compile_graph(aten_gm, tokens, config, agreement, requests, static)
                 return report.engine
             except InvalidSchedule as error:  # an op that is played once writes rows that would be joined for it
                 raise NotSplit(f"no program can be made of it: {error}") from error
@@ -131,8 +134,12 @@ def compile_graph(
     config: Config,
     agreement: Agreement,
     requests: Sequence[capture.RequestTensor] = (),
+    static: Sequence[int] = (),
 ) -> tuple[Compilation, Engine]:
-    """Every level of an ATen graph, top to bottom, and at the end the engine that plays it."""
+    """Every level of an ATen graph, top to bottom, and at the end the engine that plays it.
+
+    `static` are the arguments, in the order of the Dynamo graph, that stay where they are.
+    """
     whole = compat.lazy_module(gm, g.copied(gm.graph))
     inline_regions(gm)
     _refuse_sizes_from_data(gm.graph)
@@ -153,23 +160,34 @@ def compile_graph(
         made.without_trust,
         made.by_costs,
     )
-    engine.player = _player(gm.graph, engine, tokens, config)
+    engine.player = _player(gm.graph, engine, tokens, config, {position[i] for i in static if i in position})
     if config.pad_to is not None and engine.signature.unpaddable:
         logger.info("a graph is not padded: %s", engine.signature.unpaddable)
     return made, engine
 
 
 def _player(
-    graph: fx.Graph, engine: Engine, tokens: Sequence[capture.TokenTensor], config: Config
+    graph: fx.Graph, engine: Engine, tokens: Sequence[capture.TokenTensor], config: Config, static: AbstractSet[int]
 ) -> Player:
     """What plays the programs: streams and captured graphs where the tokens are on an accelerator."""
-    names = {t.index: t.name for t in engine.signature.token_inputs}
+    signature = engine.signature
+    names = {t.index: t.name for t in signature.token_inputs}
+    together = engine.agreement.size > 1 and bool(engine.ways.programs.comm_codes)
+    differs = signature.may_differ(pads=config.pad_to is not None) if together else ""
+    limits = graphs.Limits(
+        static=frozenset(static - names.keys() - {*signature.written}),
+        written=frozenset(signature.written),
+        tokens=frozenset(names),
+        names=names,
+        clone=config.clone_outputs,
+    )
     return player_for(
         tokens[0].tensor.device,
         otherwise=engine.player,
         cuda_graph=config.cuda_graph,
-        uncapturable=why_not_captured(graph),
-        limits=graphs.Limits(frozenset(engine.signature.written), names=names, clone=config.clone_outputs),
+        uncapturable=why_not_captured(graph) or (differs and f"{differs}, and a collective is captured on all or none"),
+        limits=limits,
+        ranks=engine.agreement if together else None,
         graph_memory_gib=config.graph_memory_gib,
         comm_sms=config.comm_sms,
         sms_setters=sms_setters(n.target for n in graph.nodes),

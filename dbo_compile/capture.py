@@ -87,7 +87,9 @@ def token_tensors(
     dims, known = dims_of_tokens(token_dims or {}), token_dims or {}
     found = [t for t in found if t.name in dims or t.name not in known]
     named = [
-        replace(t, dim=checked_dim(t.name, dims[t.name], t.tensor.shape), is_named=True) for t in found if t.name in dims
+        replace(t, dim=checked_dim(t.name, dims[t.name], t.tensor.shape), is_named=True)
+        for t in found
+        if t.name in dims
     ]
     if named:
         if len({t.tensor.shape[t.dim] for t in named}) > 1:
@@ -122,9 +124,7 @@ def _short_name(placeholder: fx.Node) -> str:
     return str(names[-1]) if names else placeholder.name
 
 
-def dims_as_long(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], num_tokens: int
-) -> list[tuple[torch.Tensor, int]]:
+def dims_as_long(gm: fx.GraphModule, example_inputs: Sequence[Any], num_tokens: int) -> list[tuple[torch.Tensor, int]]:
     """The dims of inputs that may count tokens, too: a mask has a row and a column for each of them."""
     inputs = zip(g.inputs(gm.graph), example_inputs, strict=True)
     own = [x for node, x in inputs if isinstance(x, torch.Tensor) and not compat.is_parameter(node, x)]

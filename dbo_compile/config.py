@@ -99,14 +99,15 @@ class Config:
     graph_memory_gib: float | None = _option(
         None,
         either(NONE, AMOUNT),
-        "How much memory CUDA graphs may take; over it the least useful size stays uncaptured. None: no bound.",
+        "How much memory CUDA graphs may take; over it the least useful size stays uncaptured. None: an eighth of the "
+        "device's.",
         shared=False,
     )
     clone_outputs: bool = _option(
         True,
         BOOLEAN,
         "Whether the results of a captured program are copied out of it. False hands out memory of the graph, which "
-        "holds until the next step of that size.",
+        "holds until the next step of any size.",
         shared=False,
     )
     comm_sms: int | None = _option(

@@ -18,9 +18,11 @@ from dbo_compile.compat.aot import (
     to_aten,
     updates_inputs,
     whole_graph_inductor,
+    whole_inductor,
 )
 from dbo_compile.compat.devices import (
     Symmetric,
+    free_memory,
     gemm_sms_left_free,
     leave_sms_free,
     process_group,
@@ -34,6 +36,7 @@ from dbo_compile.compat.dynamo import (
     is_closed_over,
     is_dynamic,
     is_parameter,
+    is_static,
     source_name,
     trace_again,
     while_dynamo_compiles,
@@ -58,6 +61,7 @@ __all__ = [
     "compile_id",
     "compiled_apart",
     "evaluate",
+    "free_memory",
     "gemm_sms_left_free",
     "generated_file",
     "graph_guards",
@@ -67,6 +71,7 @@ __all__ = [
     "is_functionalized",
     "is_parameter",
     "is_profiling",
+    "is_static",
     "lazy_module",
     "leave_sms_free",
     "process_group",
@@ -85,5 +90,6 @@ __all__ = [
     "updates_inputs",
     "while_dynamo_compiles",
     "whole_graph_inductor",
+    "whole_inductor",
     "without_fake_tensors",
 ]

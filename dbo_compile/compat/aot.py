@@ -14,6 +14,7 @@ from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 from torch._higher_order_ops.auto_functionalize import auto_functionalized, auto_functionalized_v2
+from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_passes.post_grad import decompose_auto_functionalized
 from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
@@ -105,7 +106,16 @@ def whole_graph_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> C
 
 
 def segment_inductor(gm: fx.GraphModule, inputs: Sequence[Any], shapes: SegmentShapes) -> Compiled:
-    """Compile one segment; `inputs` are fake values of `shapes`."""
+    """Compile one segment; `inputs` are fake values of `shapes`.
+
+    Never as CUDA graphs of Inductor's own, whatever is set: a segment is captured as a part of its program.
+    """
+    with inductor_config.patch({"triton.cudagraphs": False}):
+        return whole_inductor(gm, inputs, shapes)
+
+
+def whole_inductor(gm: fx.GraphModule, inputs: Sequence[Any], shapes: SegmentShapes) -> Compiled:
+    """Compile a graph of ATen ops as Inductor is set to; `inputs` are fake values of `shapes`."""
     for node in gm.graph.nodes:
         for key in ("val", "unbacked_bindings"):  # of another shape environment, whose numbers would be looked up here
             node.meta.pop(key, None)

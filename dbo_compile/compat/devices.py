@@ -20,6 +20,15 @@ def same_addresses(tensors: list[Any], addresses: list[int | None], indices: lis
     return all(tensors[i].data_ptr() == addresses[i] for i in indices)
 
 
+def free_memory(device: torch.device) -> int | None:
+    """The bytes that can be allocated on an accelerator, with those that PyTorch keeps for later; None on others."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type != device.type:
+        return None
+    free, _ = torch.accelerator.get_memory_info(device)
+    return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+
+
 def stop_recording(device: torch.device, pool: Any) -> None:
     """End what a capture that was invalidated leaves behind before torch 2.12: an allocator that goes on recording.
 

@@ -28,6 +28,11 @@ def is_parameter(placeholder: fx.Node, tensor: torch.Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter) or owned
 
 
+def is_static(placeholder: fx.Node, tensor: torch.Tensor) -> bool:
+    """Whether an input of a Dynamo graph stays where it is: what the model owns, and what was marked so."""
+    return is_parameter(placeholder, tensor) or hasattr(tensor, "_dynamo_static_input_type")
+
+
 def is_closed_over(placeholder: fx.Node) -> bool:
     """Whether an input of a Dynamo graph is a global, or a variable of a function around the compiled one."""
     source = getattr(placeholder, "_dynamo_source", None)

@@ -7,7 +7,9 @@ other by writing to it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -20,8 +22,9 @@ from dbo_compile.rules.collectives import register_comm_op
 from dbo_compile.runtime.cuda import is_capturing
 
 symm_mem = torch.ops.symm_mem
-MOST_RANKS = MOST_LOCAL_EXPERTS = 32
-"""Limits of PyTorch's kernels: one warp adds up the rows of all ranks, and there are as many warps as experts."""
+MOST_RANKS = MOST_LOCAL_EXPERTS = 16
+"""Limits of PyTorch's kernels: a block has 16 warps, of which each adds up the rows of one expert on their way there,
+and of one rank on their way back."""
 
 
 def exchange_device(
@@ -42,19 +45,16 @@ def exchange_device(
     sorted by local expert.
 
     Each size must be called once before it is captured: memory that peers reach is made by all ranks together, when
-    a larger size comes for the first time. Needs NVSHMEM, and at most 32 ranks with at most 32 experts each.
+    a larger size comes for the first time. Needs NVSHMEM, and at most 16 ranks, equally far apart, with at most 16
+    experts each. One rank needs neither: its rows only change their order.
 
     Raises `ValueError` for arguments that do not fit together, `RuntimeError` for a destroyed group or where there is
     no NVSHMEM.
     """
     num_ranks = num_ranks_of(group)
     check_arguments(hidden, top_k_index, top_k_weights, num_experts, num_ranks)
-    num_local = num_experts // num_ranks
-    if num_ranks > MOST_RANKS or num_local > MOST_LOCAL_EXPERTS:
-        raise ValueError(
-            f"{num_ranks} ranks with {num_local} experts each: the kernels take {MOST_RANKS} and {MOST_LOCAL_EXPERTS} "
-            "at most; use exchange_static"
-        )
+    if num_ranks > 1:
+        _check_kernels(dist.get_process_group_ranks(group), num_experts // num_ranks)
     routes = top_k_index.reshape(-1).long()
     sent = routes.new_zeros(num_experts).scatter_add(0, routes, torch.ones_like(routes))
     order = torch.argsort(routes)
@@ -63,6 +63,16 @@ def exchange_device(
     place = torch.empty_like(order)
     place[order] = torch.arange(order.size(0), device=order.device)
     return combine(rows[place].view(*top_k_index.shape, rows.size(1)), top_k_weights, hidden.dtype)
+
+
+def _check_kernels(ranks: Sequence[int], num_local: int) -> None:
+    if len(ranks) > MOST_RANKS or num_local > MOST_LOCAL_EXPERTS:
+        raise ValueError(
+            f"{len(ranks)} ranks with {num_local} experts each: the kernels take {MOST_RANKS} and {MOST_LOCAL_EXPERTS} "
+            "at most; use exchange_static"
+        )
+    if len({after - rank for rank, after in pairwise(ranks)}) > 1:
+        raise ValueError(f"ranks {list(ranks)} are not equally far apart, which NVSHMEM needs; use exchange_static")
 
 
 # -- the two ops ------------------------------------------------------------------------------------------------------
@@ -79,6 +89,10 @@ def dispatch_rows(
     """
     num_local = sent.numel() // num_ranks
     room = rows.size(0) * num_ranks + num_local
+    if num_ranks == 1:
+        where = torch.stack([sent, sent.cumsum(0) - sent])
+        experts = _expert_of_each_row(where, room, num_local, num_ranks)
+        return torch.cat([rows, rows.new_zeros(num_local, rows.size(1))]), experts, where
     buffers = _buffers(group_name, rows, rows.size(0), room, sent.numel())
     source, out, where = buffers.next_source(), buffers.arrived, buffers.next_where()
     source[: rows.size(0)].copy_(rows)
@@ -99,6 +113,8 @@ def _(
 @torch.library.custom_op("dbo_compile::combine_rows", mutates_args=())
 def combine_rows(rows: torch.Tensor, where: torch.Tensor, num_rows: int, group_name: str) -> torch.Tensor:
     """Bring rows back to the ranks they came from, in the order in which those sent them [num_rows, H']."""
+    if compat.process_group(group_name).size() == 1:
+        return rows[:num_rows].clone()
     buffers = _buffers(group_name, rows, num_rows, rows.size(0), where.size(1))
     source = buffers.next_back()
     source[: rows.size(0)].copy_(rows)

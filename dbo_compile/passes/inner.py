@@ -87,7 +87,7 @@ def compile_whole(
         for node, val in zip(placeholders, map(g.value, placeholders), strict=True)
     ]
     own = compat.lazy_module(gm, copy.deepcopy(gm.graph))
-    fn = compat.segment_inductor(own, inputs, shapes)
+    fn = compat.whole_inductor(own, inputs, shapes)
     return Compiled(fn, tuple(guard for guard in shapes.guards() if guard.has(TOKENS)))
 
 

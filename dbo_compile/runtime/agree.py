@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import NoReturn
@@ -54,12 +54,16 @@ def agreement_over(group: ProcessGroup | None, timeout_s: float, device: torch.d
     return made[timeout_s, device]
 
 
+def _all_agreements() -> list[Agreement]:
+    return [agreement for made in _agreements.values() for agreement in made.values()]
+
+
 _telling = ExitStack()
 
 
 def _compilation_begins(_: object) -> None:
     """Dynamo traces and compiles whenever a call brings something new, on one rank alone perhaps."""
-    for agreement in [a for made in _agreements.values() for a in made.values()]:
+    for agreement in _all_agreements():
         _telling.enter_context(agreement.busy())
 
 
@@ -102,6 +106,7 @@ class Agreement:
         self._timeout_s = timeout_s
         self._ahead: _Started | None = None
         self._lost = ""
+        self._has_news = False
         self._link: Link | None = None
         if group is None or self.size == 1:
             return
@@ -109,7 +114,7 @@ class Agreement:
         connect_s = connect_timeout_s or 10 * timeout_s
         self._shared = _connected(self._roll, "share", connect_s)
         on_cpu = device.type == "cpu"
-        self._link = _connected(self._roll, "agree", connect_s) if on_cpu else DeviceLink(group, device, NUM_ROWS)
+        self._link = _connected(self._roll, "agree", connect_s) if on_cpu else DeviceLink(group, device, NUM_ROWS + 1)
         self._met_at = time.monotonic()
 
     def agree(self, wish: Wish, limits: Limits) -> BatchPlan:
@@ -120,10 +125,11 @@ class Agreement:
         they next wait for it.
         """
         started, self._ahead = self._ahead or self._start(wish), None
-        wishes = self._finish(started)
+        wishes, has_news = self._finish(started)
         if not started.wish.stands_for(wish):
             self._refuse(f"rank {self.rank} announced {started.wish}, but came with {wish}")
-        return decide(wishes, limits)
+        plan = decide(wishes, limits)
+        return replace(plan, has_news=True) if has_news else plan
 
     def meet(self, wish: Wish) -> None:
         """Come to a step without playing it; the others raise what `decide` makes of that.
@@ -152,6 +158,12 @@ class Agreement:
         exchange = self._shared.start(values)
         self._wait(exchange.is_done, f"agree in step {self.num_steps}")
         return exchange.values()
+
+    def tell(self) -> None:
+        """Have a plan say on every rank that there is news: the next one that is agreed on after those under way,
+        here or in another agreement of this process."""
+        for agreement in (self, *_all_agreements()):
+            agreement._has_news = True
 
     def busy(self) -> AbstractContextManager[None]:
         """While it lasts, this rank tells the others that it compiles, and they wait for it."""
@@ -191,13 +203,16 @@ class Agreement:
     def _start(self, wish: Wish) -> _Started:
         self._refuse_if_lost()
         self.num_steps += 1
-        return _Started(wish, None if self._link is None else self._link.start(wish.packed()))
+        has_news, self._has_news = self._has_news, False
+        return _Started(wish, None if self._link is None else self._link.start((*wish.packed(), has_news)))
 
-    def _finish(self, started: _Started) -> list[Wish]:
+    def _finish(self, started: _Started) -> tuple[list[Wish], bool]:
+        """The wishes of all ranks, and whether any has news."""
         if started.exchange is None:
-            return [started.wish]
+            return [started.wish], False
         self._wait(started.exchange.is_done, f"agree on step {self.num_steps}")
-        return [Wish.unpacked(column) for column in started.exchange.values()]
+        columns = started.exchange.values()
+        return [Wish.unpacked(wish) for *wish, _ in columns], any(has_news for *_, has_news in columns)
 
     def _wait(self, is_done: Callable[[float], bool], what: str) -> None:
         """Wait for the other ranks, and after a while call the roll too. Raises `RankLost` with the verdict.

@@ -28,12 +28,20 @@ class CudaGraphs:
         self.keep_graph = keep_graph
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
-        self._one = torch.ones(1, 1, device=device)
-        with torch.cuda.stream(self.stream):  # a workspace for products on this stream that lies in no graph's memory
-            self._one = self._one @ self._one
+        self._failed: list[torch.cuda.CUDAGraph] = []
+        with compat.without_fake_tensors(), torch.inference_mode(False), torch.no_grad():  # it is made while compiling
+            self._one = torch.ones(1, 1, device=device)
+            self._warm_up()
 
     def is_capturing(self) -> bool:
         return is_capturing()
+
+    def _warm_up(self) -> None:
+        """Have cuBLAS and cuBLASLt make their workspaces for this stream now, so that they lie in no graph's memory."""
+        with torch.cuda.stream(self.stream):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.ones(16, 16, dtype=dtype, device=self.device)
+                torch.addmm(x[0], x @ x, x)
 
     def capture(self, play: Callable[[], tuple[Any, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Any, ...]]:
         """Record what `play` launches; nothing of it runs.
@@ -49,6 +57,8 @@ class CudaGraphs:
         except BaseException:
             torch.cuda.set_stream(before)
             compat.stop_recording(self.device, self.pool)
+            self.pool = torch.cuda.graph_pool_handle()  # before torch 2.12 pinned memory goes on recording to this one
+            self._failed.append(graph)  # whose end would meddle with the pool
             self._capture_something()
             raise
         return graph, results
@@ -65,6 +75,11 @@ class CudaGraphs:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         self.pool = torch.cuda.graph_pool_handle()
+
+    def memory_size(self) -> int:
+        """All memory that the device has."""
+        _, total = torch.cuda.mem_get_info(self.device)
+        return total
 
     def memory_used(self) -> int:
         """All memory of the device that is in use, that of the driver for graphs included."""

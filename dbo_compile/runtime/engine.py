@@ -12,6 +12,7 @@ from dbo_compile.config import Config
 from dbo_compile.errors import Disagreement, RankLost, Unpaddable
 from dbo_compile.log import logger
 from dbo_compile.runtime.agree import Agreement
+from dbo_compile.runtime.capture import CapturePlayer
 from dbo_compile.runtime.cuts import CutSteps
 from dbo_compile.runtime.force import step_in_force
 from dbo_compile.runtime.gate import Gate
@@ -84,6 +85,8 @@ class Engine:
     @player.setter
     def player(self, player: Player) -> None:
         self.ways.player = player
+        if isinstance(player, CapturePlayer):
+            self.ways.graphs = player
 
     @property
     def fingerprint(self) -> str:
@@ -102,10 +105,14 @@ class Engine:
         """Time every size again; to be called on all ranks at the same place."""
         self.tuner.forget()
         self._refiner.forget()
+        self.ways.forget(lambda _key: True)
 
     # -- one call -----------------------------------------------------------------------------------------------------
 
     def _call(self, plan: BatchPlan, call: Call) -> Any:
+        self.ways.captures = not plan.followers
+        if plan.has_news:
+            self.ways.settle()
         if not call.is_even:
             pairs = zip(self.signature.token_inputs, call.sizes, strict=False)
             listed = ", ".join(f"{t.name}: {size}" for t, size in pairs)
@@ -147,10 +154,14 @@ class Engine:
         if not is_timed or (way == SPLIT and turn.gates):
             return self._played(way, turn, call, size, args)
         synchronize(args)
-        start = time.perf_counter()
+        start, num_unsteady = time.perf_counter(), self.ways.num_unsteady
         results = self._played(way, turn, call, size, args)
         synchronize(args)
-        self.tuner.took(size, way, time.perf_counter() - start, self._refiner.costs.get(size, {}))
+        seconds, is_steady = time.perf_counter() - start, self.ways.num_unsteady == num_unsteady
+        self.tuner.took(size, way, seconds, self._refiner.costs.get(size, {}), is_steady=is_steady)
+        if size in self.decisions:
+            chosen = self.ways.modules(self.decisions[size].chosen, self._refiner.programs.get(size))
+            self.ways.forget(lambda key: coarse(sum(key.rows)) == size.tokens and key.module not in chosen)
         return results
 
     def _common_way(self, way: str, is_timed: bool, *trials: int) -> tuple[str, bool]:
@@ -191,8 +202,9 @@ class Follower:
 
     def __call__(self, *args: Any) -> Any:
         force = step_in_force()
-        if force is None:
-            self.agreement.agree(self.wish, self.limits)
-        elif force.is_first:
+        plan = force.plan if force else self.agreement.agree(self.wish, self.limits)
+        if force and force.is_first:
+            self.agreement.share([0])
+        if plan.has_news:
             self.agreement.share([0])
         return self.fn(*args)

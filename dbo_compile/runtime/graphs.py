@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, Self
@@ -74,13 +75,18 @@ class Captured:
         """Whether every argument that is used in place lies where it was."""
         return same_addresses(list(args), self.addresses, list(self.pinned))
 
+    def moved(self, args: Sequence[Any]) -> list[int]:
+        """Which arguments that are used in place lie elsewhere."""
+        return [i for i in self.pinned if args[i].data_ptr() != self.addresses[i]]
+
     def replay(self, args: Sequence[Any], *, clone: bool) -> tuple[Any, ...]:
         for i, buffer in self.copied.items():
             write(buffer, args[i])
         self.graph.replay()
         for i in self.returned:
             write(args[i], self.copied[i])
-        callers = {id(x): x for x in self.pinned.values()} | {id(self.copied[i]): args[i] for i in self.returned}
+        callers = {id(x): args[i] for i, x in self.pinned.items()}
+        callers |= {id(self.copied[i]): args[i] for i in self.returned}
         return tuple(callers[id(x)] if id(x) in callers else _kept(x, clone=clone) for x in self.results)
 
 
@@ -91,23 +97,51 @@ def _kept(x: Any, *, clone: bool) -> Any:
 def write(buffer: torch.Tensor, x: torch.Tensor) -> None:
     """Copy `x` into memory of the same sizes and strides; of an expanded dim there is one row in memory."""
     assert buffer.shape == x.shape, f"a graph for {list(buffer.shape)} is replayed on {list(x.shape)}"
-    for d, stride in enumerate(buffer.stride()):
-        if stride == 0 and buffer.shape[d] > 1:
-            buffer, x = buffer.narrow(d, 0, 1), x.narrow(d, 0, 1)
-    buffer.copy_(x)
+    rows = distinct(buffer)
+    rows.copy_(x if rows is buffer else x[tuple(slice(size) for size in rows.shape)])
+
+
+def distinct(x: torch.Tensor) -> torch.Tensor:
+    """`x` without what an expanded dim repeats: each of its elements has a place in memory of its own."""
+    for d, stride in enumerate(x.stride()):
+        if stride == 0 and x.shape[d] > 1:
+            x = x.narrow(d, 0, 1)
+    return x
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An argument, and where it lay. A tensor that is gone is no other one, whatever its address."""
+
+    tensor: Callable[[], Any]
+    address: int
+
+    @classmethod
+    def of(cls, x: Any) -> Self:
+        return cls(weakref.ref(x), x.data_ptr()) if isinstance(x, torch.Tensor) else cls(lambda: None, 0)
+
+    def has(self, x: Any) -> bool:
+        return isinstance(x, torch.Tensor) and self.tensor() is x and x.data_ptr() == self.address
+
+
+def num_elements(x: torch.Tensor) -> int:
+    """How many elements memory has from the first of `x` to the last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Which arguments stay where they are: `static` ones (weights), and as a rule those `written` in place. `names` are
-    for messages. `most_bytes` is what all graphs may take (None: any number).
+    """Which arguments stay where they are: `static` ones (weights), and as a rule those `written` in place. `tokens`
+    carry tokens, and lie elsewhere where they are padded. `names` are for messages. `most_bytes` is what all graphs
+    may take (None: any number).
 
-    With `clone`, results are the caller's to keep. Without, they are valid until the program is next played for the
-    same size, and then hold what that play made.
+    With `clone`, results are the caller's to keep. Without, they are valid until a program is next played for any size:
+    graphs share their memory, and another one may write over them.
     """
 
     static: frozenset[int] = frozenset()
     written: frozenset[int] = frozenset()
+    tokens: frozenset[int] = frozenset()
     names: Mapping[int, str] = field(default_factory=dict)
     most_bytes: int | None = None
     clone: bool = True

@@ -118,7 +118,7 @@ class BatchPlan:
     Every rank plays `padded_tokens` in `num_microbatches` (1: unsplit, `reason` says why; 0: nothing is played),
     whatever its own number in `num_tokens`; or its own number, if the step is none that ranks `pads`. With `gate`, both
     programs are played and compared. `followers` are the ranks whose graph is not split: such a graph cannot be padded,
-    and then none is.
+    and then none is. `has_news`: some rank has asked for an exchange (`Agreement.tell`).
     """
 
     num_tokens: tuple[int, ...]
@@ -130,6 +130,7 @@ class BatchPlan:
     reason: str
     followers: tuple[int, ...] = ()
     pads: bool = True
+    has_news: bool = False
 
     @property
     def is_even(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from dbo_compile.ir.schedule import Step
 from dbo_compile.runtime.agree import Agreement
-from dbo_compile.runtime.capture import CapturePlayer
+from dbo_compile.runtime.capture import uncaptured
 from dbo_compile.runtime.cuts import Cut
 from dbo_compile.runtime.steps import around_steps
 from dbo_compile.runtime.tune import SPLIT, UNSPLIT, Costs, Size
@@ -81,8 +81,7 @@ class _Stopwatch:
 
     def player(self, player: Any) -> Callable[..., Any]:
         """Plays as `player` does, step by step and never captured."""
-        while isinstance(player, CapturePlayer):
-            player = player.player
+        player = uncaptured(player)
         return lambda module, rows, args: player(around_steps(module, lambda _lanes: self._timed), rows, args)
 
     def seconds(self) -> dict[str, float]:
@@ -99,6 +98,6 @@ class _Stopwatch:
 
 
 def synchronize(args: Sequence[Any]) -> None:
-    """Wait until the accelerator has done what it was given, if the arguments are on one."""
-    if any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in args):
-        torch.accelerator.synchronize()
+    """Wait until the accelerators that the arguments are on have done what they were given."""
+    for device in {x.device for x in args if isinstance(x, torch.Tensor) and x.device.type != "cpu"}:
+        torch.accelerator.synchronize(device)

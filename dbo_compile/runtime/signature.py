@@ -55,6 +55,17 @@ class Signature:
         """The values of the symbols that do not count tokens."""
         return tuple(args[i] for i in (self.symbol_inputs or {}).values())
 
+    def may_differ(self, *, pads: bool) -> str:
+        """Why ranks may play a step in other sizes than each other ("": they do not), where steps are padded to
+        buckets or not."""
+        if self.requests is not None:
+            return "ranks may have other requests in a step"
+        if self.symbol_inputs:
+            return f"{', '.join(map(str, self.symbol_inputs))} may be another size on each rank"
+        if not self.same_size and (self.unpaddable or not pads):
+            return "ranks may have other numbers of tokens in a step, and are not padded to the same one"
+        return ""
+
     def check(self, args: Sequence[Any]) -> None:
         """Raise `ValueError` for a pad value that the dtype of its input cannot hold."""
         for t in self.token_inputs:

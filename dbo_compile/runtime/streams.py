@@ -57,7 +57,8 @@ class Accelerator:
 
 
 class StreamLanes(RowLanes):
-    """Two streams from `with` on. The comm lane begins after what the caller has issued: it reads his arguments.
+    """Two streams from `with` on. The comm lane begins after what the caller has issued: it reads his arguments. Where
+    nothing is ever issued on it, it waits for nothing: a capture would not end before it is joined.
 
     At the end of a program the compute lane has waited for the comm lane, as the program says. Where an exception
     ended it half way, leaving `with` makes it wait. Events are kept in `events` by name, for the next step.
@@ -68,19 +69,25 @@ class StreamLanes(RowLanes):
         self.device = device
         self.events = events
         self.streams = {"compute": device.current(), "comm": comm}
+        self._is_forked = False
 
     def __enter__(self) -> Self:
         self.record(FORK, "compute")
-        self.wait(FORK, "comm")
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        self.switch_to_compute()
-        if error is not None:
-            self.record(JOIN, "comm")
-            self.wait(JOIN, "compute")
+        try:
+            self.switch_to_compute()
+            if error is not None and self._is_forked:
+                self.record(JOIN, "comm")
+                self.wait(JOIN, "compute")
+        except Exception as another:
+            if error is None:
+                raise
+            error.add_note(f"and then the lanes could not be joined: {another}")  # a consequence, perhaps
 
     def switch_to_comm(self) -> None:
+        self._fork()
         self.device.switch(self.streams["comm"])
 
     def switch_to_compute(self) -> None:
@@ -92,7 +99,14 @@ class StreamLanes(RowLanes):
         self.events[event].record(self.streams[lane])
 
     def wait(self, event: str, lane: str) -> None:
+        if lane == "comm":
+            self._fork()
         self.events[event].wait(self.streams[lane])
+
+    def _fork(self) -> None:
+        if not self._is_forked:
+            self._is_forked = True
+            self.wait(FORK, "comm")
 
     def issue(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """Communicate on the current stream, which the program has made the comm lane."""

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +24,9 @@ Costs = Mapping[str, tuple[float, float]]
 
 TRIALS = 5
 """How often each way is timed; the first time, when memory and code are cold, does not count."""
+MOST_UNSTEADY = 8
+"""How many times of a way do not count, because it was about to be captured; sizes that never come again are never
+captured, and then all count."""
 MORE_TRIALS = 12
 """How often those ways are timed that come close to the fastest."""
 CLOSE = 1.2
@@ -94,6 +97,7 @@ class _Trials:
     """The seconds of each way so far, and the ways that are still timed (None: all of them)."""
 
     taken: dict[str, list[float]] = field(default_factory=dict)
+    unsteady: Counter[str] = field(default_factory=Counter)
     close: frozenset[str] | None = None
 
     def among(self, ways: Sequence[str]) -> list[str]:
@@ -122,16 +126,22 @@ class Tuner:
             return decision.fastest(ways), False
         trials = self._trials[size]
         if trials.taken.keys() != set(ways):  # another way has come, or one is not there any more
-            self._trials[size] = trials = _Trials({way: trials.taken.get(way, []) for way in ways})
+            self._trials[size] = trials = _Trials({way: trials.taken.get(way, []) for way in ways}, trials.unsteady)
         return min(trials.among(ways), key=lambda way: len(trials.taken[way])), True
 
     def num_trials(self, size: Size) -> int:
         """How often a size was timed that is not decided yet."""
         return sum(map(len, self._trials[size].taken.values())) if size in self._trials else 0
 
-    def took(self, size: Size, way: str, seconds: float, costs: Costs) -> None:
-        """Note a time; after the last trial, ranks agree on the slowest of them for each way."""
+    def took(self, size: Size, way: str, seconds: float, costs: Costs, *, is_steady: bool = True) -> None:
+        """Note a time; after the last trial, ranks agree on the slowest of them for each way.
+
+        A time is not steady if the next ones will be others: it was that of a warm-up, or of a capture.
+        """
         trials = self._trials[size]
+        if not is_steady and trials.unsteady[way] < MOST_UNSTEADY:
+            trials.unsteady[way] += 1
+            return
         trials.taken[way].append(seconds)
         needed = TRIALS if trials.close is None else MORE_TRIALS
         if any(len(trials.taken[way]) < needed for way in trials.among(list(trials.taken))):

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from dbo_compile.runtime.agree import Agreement
+from dbo_compile.runtime.capture import CapturePlayer, uncaptured
 from dbo_compile.runtime.cuts import Cut
-from dbo_compile.runtime.graphs import Player
+from dbo_compile.runtime.graphs import Key, Player
 from dbo_compile.runtime.lanes import WaitFor, WorkLanes
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.signature import Signature
@@ -59,7 +60,8 @@ def played(
 
 
 class Ways:
-    """Plays a graph in one of the ways that its size allows; `player` plays emitted programs."""
+    """Plays a graph in one of the ways that its size allows; `player` plays emitted programs, captured ones if
+    `captures`: not where another rank plays the whole graph as it is."""
 
     def __init__(self, programs: Programs, whole: Whole, signature: Signature, agreement: Agreement) -> None:
         self.programs = programs
@@ -67,6 +69,8 @@ class Ways:
         self.signature = signature
         self.agreement = agreement
         self.player: Player = partial(played, wait_for=agreement.wait_for)
+        self.graphs: CapturePlayer | None = None
+        self.captures = True
         self._inductor: tuple[Callable[..., Any], Guards] | None = None
 
     def fitting(self, rows: Sequence[int], num_rows: int, args: Sequence[Any]) -> list[str]:
@@ -96,7 +100,7 @@ class Ways:
         """
         if way in (SPLIT, REFINED):
             programs = refined if way == REFINED and refined else self.programs
-            return (by or self.player)(programs.split(cut), cut.rows, [*args, *cut.given])
+            return (by or self._player)(programs.split(cut), cut.rows, [*args, *cut.given])
         if way == INDUCTOR and self._inductor and self._fits(self._inductor[1], num_rows, args):
             results: Sequence[Any] = self._inductor[0](*args)
             return results
@@ -104,9 +108,42 @@ class Ways:
 
     def unsplit(self, num_rows: int, args: Sequence[Any], *, by: Player | None = None) -> Sequence[Any]:
         if self._fits(self.programs.guards, num_rows, args):
-            return (by or self.player)(self.programs.modules[1], (num_rows,), args)
+            return (by or self._player)(self.programs.modules[1], (num_rows,), args)
         results: Sequence[Any] = self.whole.eager(*args)
         return results
+
+    def modules(self, way: str, refined: Programs | None) -> list[Callable[..., Any]]:
+        """The emitted modules that a way may play."""
+        if way == UNSPLIT:
+            return [self.programs.modules[1]]
+        programs = {SPLIT: self.programs, REFINED: refined}.get(way)
+        split = {n: module for n, module in programs.modules.items() if n > 1} if programs else {}
+        return [*split.values(), *programs.apart.values()] if programs else []
+
+    @property
+    def num_unsteady(self) -> int:
+        """How many plays so far were followed by faster ones: they were to be captured, or were being so."""
+        return self.graphs.num_unsteady if self.graphs else 0
+
+    def forget(self, is_lost: Callable[[Key], bool]) -> None:
+        """Give back the memory of captured graphs that are of no more use; all ranks do at the same place."""
+        if self.graphs:
+            self.graphs.forget(is_lost)
+
+    def replace(self, programs: Programs) -> None:
+        """Play other programs from now on."""
+        self.programs = programs
+        self.forget(lambda _key: True)
+
+    def settle(self) -> None:
+        """Forget captured graphs that something has moved from under on any rank; all ranks come here at once."""
+        found = self.agreement.share([self.graphs.news if self.graphs else 0])
+        if self.graphs:
+            self.graphs.settle(news for (news,) in found)
+
+    @property
+    def _player(self) -> Player:
+        return self.player if self.captures else uncaptured(self.player)
 
     def _fits(self, guards: Guards, num_rows: int, args: Sequence[Any]) -> bool:
         return guards.broken(num_rows, self.signature.others(args)) is None

@@ -169,27 +169,53 @@ def test_transformers_knows_it_by_name():
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_too_many_ranks_or_experts_for_the_kernels_are_refused():
-    tokens = (torch.randn(7, 6), torch.zeros(7, 3).long(), torch.rand(7, 3))
-    with pytest.raises(ValueError, match=r"1 ranks with 33 experts each: the kernels take 32 and 32 at most"):
-        exchange_device(*tokens, lambda rows, _: rows, num_experts=33, group=dist.group.WORLD)
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(7, 8, 3), (1, 33, 2), (0, 4, 3)])
+def test_one_rank_needs_no_kernels(num_tokens, num_experts, top_k, monkeypatch):
+    monkeypatch.setattr(compat.symmetric_memory, "is_nvshmem_available", lambda: False)
+    layer = DeviceLayer(num_experts)
+    tokens = some_tokens(num_tokens, num_experts, top_k)
+    assert close(layer.exchanged("", *tokens), layer.whole(*tokens))
+    received, *_ = layer.received
+    assert received == sorted(tokens[1].flatten().tolist())
+
+
+TOKENS = torch.randn(7, 6), torch.zeros(7, 3).long(), torch.rand(7, 3)
+
+
+def exchanged_by(ranks, num_experts, monkeypatch):
+    """On one rank of several, which are not there."""
+    monkeypatch.setattr(device_exchange, "num_ranks_of", lambda _group: len(ranks))
+    monkeypatch.setattr(device_exchange.dist, "get_process_group_ranks", lambda _group: ranks)
+    return exchange_device(*TOKENS, lambda rows, _: rows, num_experts=num_experts, group=dist.group.WORLD)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    ("ranks", "num_experts", "why"),
+    [
+        (range(2), 34, "2 ranks with 17 experts each: the kernels take 16 and 16 at most"),
+        (range(17), 34, "17 ranks with 2 experts each: the kernels take 16 and 16 at most"),
+        ([0, 2, 3], 6, r"ranks \[0, 2, 3\] are not equally far apart"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_refused(ranks, num_experts, why, monkeypatch):
+    with pytest.raises(ValueError, match=why):
+        exchanged_by(ranks, num_experts, monkeypatch)
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_without_nvshmem_it_says_so(monkeypatch):
     monkeypatch.setattr(compat.symmetric_memory, "is_nvshmem_available", lambda: False)
-    tokens = (torch.randn(7, 6), torch.zeros(7, 3).long(), torch.rand(7, 3))
     with pytest.raises(RuntimeError, match="this PyTorch has no NVSHMEM for cpu"):
-        exchange_device(*tokens, lambda rows, _: rows, num_experts=4, group=dist.group.WORLD)
+        exchanged_by([1, 3, 5, 7], 4, monkeypatch)
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_memory_is_never_made_while_something_is_captured(monkeypatch):
     pretend()
     monkeypatch.setattr(device_exchange, "is_capturing", lambda: True)
-    tokens = (torch.randn(7, 6), torch.zeros(7, 3).long(), torch.rand(7, 3))
     with pytest.raises(RuntimeError, match="play the largest size once before"):
-        exchange_device(*tokens, lambda rows, _: rows, num_experts=4, group=dist.group.WORLD)
+        exchanged_by([0, 1], 4, monkeypatch)
 
 
 def test_memory_that_slow_peers_may_still_read_is_not_written_by_the_next_exchange():

@@ -8,7 +8,9 @@ import threading
 import pytest
 import torch
 
-from dbo_compile.runtime import capture as capture_module
+from dbo_compile.errors import RankLost
+from dbo_compile.runtime import obstacles
+from dbo_compile.runtime.agree import Agreement
 from dbo_compile.runtime.capture import MOST_MOVES, CapturePlayer
 from dbo_compile.runtime.graphs import Limits, Play
 from dbo_compile.runtime.streams import StreamPlayer
@@ -131,6 +133,20 @@ def test_an_input_that_comes_from_elsewhere_is_copied_and_one_that_stays_is_not(
     assert torch.equal(stays, torch.full((7, 5), 2.0))
 
 
+def test_a_new_tensor_in_the_place_of_one_that_is_gone_is_no_input_that_stays():
+    memory, others = torch.zeros(7, 5).numpy(), []
+    player, _ = setup()
+    module, x = Program(), torch.from_numpy(memory)
+    player(module, (7,), [7, WEIGHT, x])
+    old = id(x), x.data_ptr()
+    del x
+    while (id(x := torch.from_numpy(memory)), x.data_ptr()) != old:
+        others.append(x)
+    player(module, (7,), [7, WEIGHT, x])
+    (captured,) = player.graphs.values()
+    assert (list(captured.pinned), list(captured.copied)) == ([1], [2])
+
+
 def test_smaller_sizes_are_copied_into_the_memory_of_larger_ones():
     player, _ = setup()
     module = Program()
@@ -167,7 +183,7 @@ def test_a_weight_that_moves_is_found_where_it_is_now():
     weight.data = WEIGHT * 3
     for _ in range(3):
         check(player, module, (7,), args_of(7, weight))
-    assert graphs.log == ["capture", "replay", "replay", "capture", "replay", "replay"]
+    assert graphs.log == ["capture", "replay", "replay", "new pool", "capture", "replay", "replay"]
 
 
 def test_what_is_written_in_place_is_copied_back_only_where_it_moves_again_and_again():
@@ -278,7 +294,7 @@ def test_in_the_middle_of_work_a_graph_over_the_bound_is_dropped():
     module = Program()
     for _ in range(4):
         check(player, module, (7,), args_of(7))
-    assert graphs.log == ["capture"]
+    assert graphs.log == ["capture", "new pool"]
     assert "more than graph_memory_gib" in next(iter(player.refused.values()))
 
 
@@ -292,7 +308,7 @@ def test_a_capture_that_fails_is_played_uncaptured_with_the_reason(error, caplog
     with caplog.at_level("WARNING", "dbo_compile"):
         for _ in range(4):
             check(player, module, (7,), args_of(7))
-    assert graphs.log == ["capture"]
+    assert graphs.log == ["capture", "new pool"]
     assert list(player.refused.values()) == [str(error)]
     assert caplog.messages == [f"a step of 7 tokens in 1 is played uncaptured: {error}"]
     graphs.error = None
@@ -331,7 +347,7 @@ def test_while_another_thread_captures_a_program_is_played_and_captured_later():
     player, graphs = setup()
     module = Program()
     check(player, module, (7,), args_of(7))
-    with capture_module._capturing:
+    with obstacles._capturing:
         thread = threading.Thread(target=check, args=(player, module, (7,), args_of(7)))
         thread.start()
         thread.join()
@@ -379,3 +395,168 @@ def test_the_report_has_each_graph_and_why_others_are_none():
     first, *rest = str(player).splitlines()
     assert first.startswith("a step of 7 tokens in 2: 3.0 MiB, 0.")
     assert rest == ["a step of 11 tokens in 1: not captured, no", "1 graphs, 3.0 MiB in all"]
+
+
+# -- ranks that play together ----------------------------------------------------------------------
+
+
+class Others(Agreement):
+    """The other ranks of several: in each exchange they say what is next in `theirs`, or else that all is well."""
+
+    def __init__(self, *theirs):
+        super().__init__(None, timeout_s=1.0)
+        self.size, self.theirs, self.told, self.log = 2, list(theirs), 0, []
+
+    def share(self, values):
+        self.log.append(tuple(values))
+        return [tuple(values), (self.theirs.pop(0) if self.theirs else 0,)]
+
+    def tell(self):
+        self.told += 1
+
+
+READY, BUSY, TOO_MUCH, UNCAPTURABLE = range(4)
+
+
+def among_ranks(*theirs, **limits):
+    player, graphs = setup(**limits)
+    player.ranks = Others(*theirs)
+    return player, graphs, player.ranks
+
+
+def test_ranks_exchange_what_becomes_of_a_capture_and_nothing_at_a_replay():
+    player, graphs, ranks = among_ranks()
+    module = Program()
+    for _ in range(9):
+        check(player, module, (4, 3), args_of(7))
+    assert graphs.log == ["capture", *["replay"] * 8]
+    assert ranks.log == [(READY,), (READY,)]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "captures"), [([UNCAPTURABLE], 0), ([READY, UNCAPTURABLE], 1), ([READY, TOO_MUCH], 1)]
+)
+def test_what_one_rank_cannot_capture_no_rank_replays(theirs, captures):
+    player, graphs, ranks = among_ranks(*theirs)
+    module = Program()
+    for _ in range(5):
+        check(player, module, (7,), args_of(7))
+    assert (player.graphs, graphs.log) == ({}, ["capture", "new pool"] * captures)
+    assert list(player.refused.values()) == ["rank 1 cannot capture it, and says why"]
+    assert len(ranks.log) == len(theirs)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), torch.OutOfMemoryError("out of memory")])
+def test_what_this_rank_cannot_capture_the_others_hear_of(error):
+    player, graphs, ranks = among_ranks()
+    graphs.error = error
+    module = Program()
+    for _ in range(5):
+        check(player, module, (7,), args_of(7))
+    assert ranks.log == [(READY,), (UNCAPTURABLE,)]
+    assert list(player.refused.values()) == [str(error)]
+
+
+def test_while_another_rank_is_busy_no_rank_captures_and_all_try_again():
+    player, graphs, ranks = among_ranks(BUSY)
+    module = Program()
+    for _ in range(4):
+        check(player, module, (7,), args_of(7))
+    assert graphs.log == ["capture", "replay", "replay"]
+    assert ranks.log == [(READY,)] * 3
+    with obstacles._capturing:
+        for _ in range(2):
+            check(player, module, (11,), args_of(11))
+    assert ranks.log[3:] == [(BUSY,)]
+    assert player.refused == {}
+
+
+def test_over_the_memory_bound_of_one_rank_all_leave_out_the_same_size():
+    player, *_ = among_ranks(READY, TOO_MUCH)
+    module = Program()
+    player.capture_all([Play(module, (n,), args_of(n)) for n in (3, 11, 7)])
+    assert [key.rows for key in player.graphs] == [(7,), (3,)]
+    assert list(player.refused.values()) == ["it is the least useful size, and rank 1 cannot capture it, and says why"]
+
+
+def test_a_weight_that_moves_on_one_rank_is_replayed_all_the_same_and_then_forgotten_on_all():
+    player, graphs, ranks = among_ranks(static=frozenset({1}))
+    module, weight = Program(), torch.nn.Parameter(WEIGHT.clone(), requires_grad=False)
+    for _ in range(3):
+        check(player, module, (7,), args_of(7, weight))
+    old = weight.data
+    weight.data = WEIGHT * 3
+    for _ in range(2):
+        check(player, module, (7,), args_of(7, weight))
+    assert (ranks.told, player.news) == (2, 1)
+    assert torch.equal(old, WEIGHT)
+    assert graphs.log == ["capture", *["replay"] * 4]
+    player.settle([player.news, 0])
+    for _ in range(3):
+        check(player, module, (7,), args_of(7, weight))
+    assert graphs.log[5:] == ["new pool", "capture", "replay", "replay"]
+    assert (ranks.told, player.news) == (2, 0)
+
+
+def test_what_moved_on_another_rank_is_forgotten_here():
+    player, graphs, _ = among_ranks()
+    module = Program()
+    for _ in range(3):
+        check(player, module, (7,), args_of(7))
+    player.settle([0, 0])
+    assert len(player.graphs) == 1
+    player.settle([0, 1])
+    assert player.graphs == {}
+    for _ in range(2):
+        check(player, module, (7,), args_of(7))
+    assert graphs.log[3:] == ["new pool", "capture", "replay"]
+
+
+def test_state_of_tokens_that_is_padded_on_another_rank_is_copied_on_all():
+    def counts(lanes, n, state):
+        state += n
+        return state * 2, state
+
+    player, graphs, _ = among_ranks(written=frozenset({1}), tokens=frozenset({1}))
+    graphs.capture = without_effect(graphs)
+    state = torch.zeros(3)
+    for step in range(1, 10):
+        if step == 4:
+            player.settle([0, 1 << 1])
+        doubled, same = player(counts, (7,), [7, state])
+        assert same is state
+        assert torch.equal(state, torch.full((3,), 7.0 * step))
+        assert torch.equal(doubled, 2 * state)
+    (captured,) = player.graphs.values()
+    assert (list(captured.pinned), list(captured.copied)) == ([], [1])
+
+
+def test_state_that_moved_is_written_where_it_is_now():
+    def counts(lanes, n, state):
+        state += n
+        return (state * 2,)
+
+    player, graphs, ranks = among_ranks(written=frozenset({1}))
+    graphs.capture = without_effect(graphs)
+    first = torch.zeros(3)
+    for _ in range(3):
+        player(counts, (7,), [7, first])
+    moved = torch.ones(3)
+    (doubled,) = player(counts, (7,), [7, moved])
+    assert (first.tolist(), moved.tolist(), doubled.tolist()) == ([21.0] * 3, [8.0] * 3, [16.0] * 3)
+    assert graphs.log == ["capture", *["replay"] * 3]
+    assert ranks.told == 1
+
+
+def test_the_loss_of_a_rank_reaches_the_caller():
+    player, _, ranks = among_ranks()
+    module = Program()
+    check(player, module, (7,), args_of(7))
+
+    def share(values):
+        raise RankLost("rank 1 left")
+
+    ranks.share = share
+    with pytest.raises(RankLost, match="rank 1 left"):
+        check(player, module, (7,), args_of(7))
+    assert not obstacles._capturing.locked()

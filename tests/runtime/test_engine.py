@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import sympy
 import torch
@@ -12,19 +15,23 @@ from dbo_compile.errors import Disagreement, NotSplit, Unpaddable
 from dbo_compile.ir.tokens import TOKENS
 from dbo_compile.runtime import ways as ways_module
 from dbo_compile.runtime.agree import Agreement
-from dbo_compile.runtime.engine import Engine
+from dbo_compile.runtime.capture import CapturePlayer
+from dbo_compile.runtime.engine import Engine, Follower
 from dbo_compile.runtime.force import InForce, in_force
+from dbo_compile.runtime.graphs import Limits
 from dbo_compile.runtime.lanes import WorkLanes
 from dbo_compile.runtime.plan import BatchPlan, Phase
 from dbo_compile.runtime.rows import MOST_SHIFT, Guards, find_rows
 from dbo_compile.runtime.signature import Signature, TokenInput
 from dbo_compile.runtime.ways import Programs, Whole
+from tests.runtime.test_capture_graphs import FakeGraphs
 
 LENGTH = sympy.Symbol("s7", integer=True, positive=True)
 
 
 def engine(
-    *guards, n=2, inputs=("x",), symbols=None, modules=None, whole=lambda *_: ("whole",), signature=None, **options
+    *guards, n=2, inputs=("x",), symbols=None, modules=None, whole=lambda *_: ("whole",), signature=None,
+    agreement=None, **options,
 ):
     """An engine whose programs tell the rows they were played with; `whole` says so."""
     config = Config(**({"num_microbatches": n, "inner": "eager", "split": "always", "gate": "never"} | options))
@@ -33,7 +40,7 @@ def engine(
         Programs(modules or {m: told for m in (1, n)}, Guards(guards, list(symbols or {})), "5" * 16),
         Whole(whole),
         Signature(token_inputs, symbol_inputs=symbols or {}, output_dims=(None,), **(signature or {})),
-        Agreement(None, timeout_s=1.0),
+        agreement or Agreement(None, timeout_s=1.0),
         config,
     )
 
@@ -205,3 +212,79 @@ def test_an_error_in_a_program_passes_through_after_its_collectives_were_finishe
     with pytest.raises(KeyError, match="mine"):
         found(torch.ones(9, 2))
     assert [lanes.events for lanes in made] == [{"finished": 1}]
+
+
+# -- captured programs ----------------------------------------------------------------------------------------------
+
+
+class Planned(Agreement):
+    """Two ranks, the other of which says nothing; a plan has what is in `also`."""
+
+    def __init__(self):
+        super().__init__(None, timeout_s=1.0)
+        self.also, self.shared = {}, []
+
+    def agree(self, wish, limits):
+        return replace(super().agree(wish, limits), **self.also)
+
+    def share(self, values):
+        self.shared.append(tuple(values))
+        return [tuple(values), (0,) * len(values)]
+
+
+def capturing_engine(**options):
+    found = engine(agreement=Planned(), **options)
+    graphs = FakeGraphs()
+    found.player = CapturePlayer(
+        lambda module, rows, args: told(SimpleNamespace(num_rows=rows)), graphs, torch.device("cpu"), Limits()
+    )
+    return found, graphs
+
+
+def test_beside_a_rank_whose_graph_is_not_split_nothing_is_replayed():
+    found, graphs = capturing_engine()
+    x = torch.ones(9, 2)
+    for _ in range(3):
+        found(x)
+    found.agreement.also = {"followers": (1,), "num_microbatches": 1, "reason": "the graph of rank 1 is not split"}
+    assert [found(x) for _ in range(3)] == [((9,),)] * 3
+    found.agreement.also = {}
+    assert found(x) == ((5, 4),)
+    assert graphs.log == ["capture", "replay", "replay", "replay"]
+
+
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_news_of_a_plan_are_exchanged_once_whatever_plays(is_captured):
+    found = capturing_engine()[0] if is_captured else engine(agreement=Planned())
+    x = torch.ones(9, 2)
+    for has_news in (False, False, True, False):
+        found.agreement.also = {"has_news": has_news}
+        found(x)
+    assert found.agreement.shared == [(0,)]
+
+
+def test_a_graph_that_is_not_split_is_at_the_exchange_of_news_too():
+    follower = Follower(lambda x: x, Planned(), Config(gate="never"))
+    for has_news in (False, True, False):
+        follower.agreement.also = {"has_news": has_news}
+        follower(torch.ones(9, 2))
+    assert follower.agreement.shared == [(0,)]
+
+
+def test_the_graphs_of_ways_that_lost_are_given_back_and_captures_are_not_timed(monkeypatch):
+    found, graphs = capturing_engine(modules={1: lambda *_: (), 2: told}, split="auto", policy="alternate")
+    timed, took = [], found.tuner.took
+
+    def note(size, way, _seconds, costs, *, is_steady):
+        timed.append((way, is_steady))
+        took(size, way, 1.0 if way == "split" else 2.0, costs, is_steady=is_steady)
+
+    monkeypatch.setattr(found.tuner, "took", note)
+    x = torch.ones(9, 2)
+    while not found.decisions:
+        found(x)
+    assert timed[:6] == [(way, steady) for way in ("split", "unsplit") for steady in (False, False, True)]
+    assert graphs.log.count("capture") == 2
+    assert [key.rows for key in found.ways.graphs.graphs] == [(5, 4)]
+    found.retune()
+    assert found.ways.graphs.graphs == {}

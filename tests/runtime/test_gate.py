@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dbo_compile.runtime.agree import Agreement
 from dbo_compile.runtime.cuts import Cut
-from dbo_compile.runtime.gate import Difference, Trial, difference
+from dbo_compile.runtime.gate import MOST_SLIGHT, Difference, Gate, Trial, bytes_of_trial, difference, free_bytes
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.signature import Signature, TokenInput
 from dbo_compile.runtime.ways import Programs, Ways, Whole
@@ -61,6 +63,23 @@ def test_rows_that_differ_are_counted(got, want, bad):
 )
 def test_more_rows_than_rounding_explains(bad, usual, beyond):
     assert Difference(bad, (100, 100)).beyond(Difference(usual, (100, 100))) == beyond
+
+
+@pytest.mark.parametrize(
+    ("bad", "usual", "num_rows", "slight"),
+    [
+        (1, 0, 7, True),
+        (2, 0, 7, False),
+        (3, 1, 7, True),
+        (4, 0, 400, True),
+        (5, 0, 400, False),
+        (7, 2, 300, True),
+        (60, 30, 100, False),  # that is no rounding
+    ],
+)
+def test_a_single_row_or_one_in_a_hundred_is_slight(bad, usual, num_rows, slight):
+    off = Difference((0, bad), (num_rows, num_rows))
+    assert off.is_slight(Difference((0, usual), (num_rows, num_rows))) == slight
 
 
 def ways(split, *, written=(), unpaddable=""):
@@ -141,3 +160,108 @@ def test_what_another_rank_found_counts_here():
 
     trial = Trial(ways(right), Two(None, timeout_s=1.0), 7, [X])
     assert trial.fault(Cut((4, 3))) == "a result on another rank"
+
+
+# -- the gate -------------------------------------------------------------------------------------
+
+
+class Program:
+    """Doubles its input, wrongly in so many rows as `wrong` says for each call."""
+
+    def __init__(self, *wrong):
+        self.wrong = list(wrong)
+
+    def __call__(self, _lanes, x, *state):
+        for s in state:
+            s.add_(1)
+        result = 2 * x
+        result[: self.wrong.pop(0) if self.wrong else 0] += 1
+        return (result,)
+
+
+def gated(split, num_calls, *, mode="first-call", recompile=lambda: None, **options):
+    """Whether each call was played split, as long as the gate lets it, and the gate; each of them was right."""
+    found = ways(split, **options)
+    gate, plays = Gate(found, mode, recompile), []
+    for _ in range(num_calls):
+        before = len(split.wrong)
+        if not gate.is_wanted:
+            break
+        (result,) = gate.play(Cut((4, 3)), 7, [X], lambda: Cut((4, 3)))
+        plays.append(before - len(split.wrong))
+        assert torch.equal(result, 2 * X)
+    return plays, gate
+
+
+def test_one_row_by_chance_is_judged_again_and_the_graph_is_split_on():
+    _, gate = gated(Program(1, 0, 0), 9)
+    assert (gate.is_wanted, gate.refuted) == (False, "")
+
+
+def test_one_row_in_every_call_is_a_fault_and_was_never_handed_out():
+    plays, gate = gated(Program(*[1] * 9), 9)
+    assert len(plays) == MOST_SLIGHT + 1
+    assert gate.refuted.startswith("splitting changed result 0 of the graph, in 1 of 7 rows")
+
+
+def test_one_row_now_and_then_does_not_add_up():
+    plays, gate = gated(Program(*[1, 0] * 9), 18, mode="every-call")
+    assert (len(plays), gate.refuted) == (18, "")
+
+
+def test_two_rows_of_seven_are_a_fault_at_once():
+    plays, gate = gated(Program(2), 9)
+    assert len(plays) == 1
+    assert "in 2 of 7 rows" in gate.refuted
+
+
+def test_what_may_be_chance_is_not_compiled_again():
+    asked = []
+    gated(Program(1), 9, recompile=lambda: asked.append(1))
+    assert asked == []
+    gated(Program(2), 9, recompile=lambda: asked.append(1))
+    assert asked == [1]
+
+
+def test_the_yardstick_has_twice_the_rows():
+    """Half the rows take another path through a product than all of them, and so do twice as many."""
+    played = []
+
+    def unsplit(_lanes, x):
+        played.append(len(x))
+        return (2 * x,)
+
+    found = ways(Program(1))
+    found.programs = replace(found.programs, modules={1: unsplit, 2: Program(1)})
+    Trial(found, Agreement(None, timeout_s=1.0), 7, [X]).fault(Cut((4, 3)))
+    assert played == [7, 14]
+
+
+@pytest.mark.parametrize(("gib", "judges"), [(100, True), (110, False)])
+def test_without_room_for_copies_nothing_is_judged_on_any_rank(gib, judges, monkeypatch, caplog):
+    class Two(Agreement):
+        def share(self, values):
+            return [tuple(values), (gib * 2**30, 105 * 2**30)[: len(values)] if len(values) > 1 else (0,)]
+
+    split = Program(0)
+    found = ways(split)
+    found.agreement = Two(None, timeout_s=1.0)
+    gate = Gate(found, "first-call", lambda: None)
+    with caplog.at_level("WARNING", "dbo_compile"):
+        gate.play(Cut((4, 3)), 7, [X], Cut)
+    assert not gate.is_wanted
+    assert [r.message.split(":")[0] for r in caplog.records] == (
+        [] if judges else ["the gate is left out, and nothing proves that splitting is right here"]
+    )
+    assert judges or "take 110.0 GiB, and 105.0 GiB may be taken on rank 1" in caplog.text
+
+
+def test_what_a_trial_takes_is_counted_before():
+    signature = Signature((TokenInput(0, 0, "x"),), written=(1,), output_dims=(0,))
+    state = torch.zeros(1000, dtype=torch.float64)
+    assert bytes_of_trial(signature, 7, [X, state]) == 3 * 8000 + 2 * X.nbytes
+    assert bytes_of_trial(replace(signature, unpaddable="why"), 7, [X, state]) == 3 * 8000
+
+
+def test_memory_that_nobody_knows_of_is_enough():
+    assert free_bytes([X, 7]) > 2**50

@@ -10,7 +10,7 @@ import torch.distributed._functional_collectives as funcol
 
 from dbo_compile import register_rule, reports
 from dbo_compile.runtime.agree import Agreement
-from dbo_compile.runtime.refine import CALLS, Refiner
+from dbo_compile.runtime.refine import CALLS, Refiner, synchronize
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.signature import Signature, TokenInput
 from dbo_compile.runtime.tune import REFINED, Size
@@ -58,6 +58,13 @@ def test_each_code_is_timed_on_rows_of_a_microbatch_and_on_all_of_them():
     assert REFINED in decision.seconds
     refined = report.engine._refiner.programs[size]
     assert "slow_0" not in refined.modules[2].code  # its parts cost as much as the whole: it is played once
+
+
+def test_the_device_of_the_arguments_is_waited_for(monkeypatch):
+    waited_for = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited_for.append)
+    synchronize([torch.ones(3), 7, torch.ones(3, device="meta"), torch.ones(5, device="meta")])
+    assert waited_for == [torch.device("meta")]
 
 
 SLOW_SECONDS = 0.015

@@ -92,6 +92,9 @@ class FakeGraphs:
     def __init__(self, device):
         self.device = device
 
+    def memory_size(self):
+        return 80 * 2**30
+
 
 def kinds_of(player):
     """The players that are around each other, from the outside in."""
@@ -120,6 +123,16 @@ def test_the_device_of_the_tensors_chooses_the_player(device, options, kinds, mo
     monkeypatch.setattr(player_module, "CudaGraphs", FakeGraphs)
     wanted = {"cuda_graph": "auto", "uncapturable": "", "limits": Limits()} | options
     assert kinds_of(player_for(torch.device(device), otherwise=otherwise, **wanted)) == kinds
+
+
+@pytest.mark.parametrize(("given", "gib"), [(None, 10), (3, 3), (0.5, 0.5)])
+def test_graphs_never_take_all_of_a_device(given, gib, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(player_module, "Accelerator", lambda device: FakeDevice())
+    monkeypatch.setattr(player_module, "CudaGraphs", FakeGraphs)
+    options = {"cuda_graph": "auto", "uncapturable": "", "limits": Limits(), "graph_memory_gib": given}
+    player = player_for(torch.device("cuda"), otherwise=otherwise, **options)
+    assert player.limits.most_bytes == gib * 2**30
 
 
 def test_what_cannot_be_captured_is_a_warning_where_capturing_was_asked_for(monkeypatch, caplog):

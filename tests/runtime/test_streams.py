@@ -15,7 +15,7 @@ from tests.ir.moe import moe_program
 from tests.runtime.fake_device import FakeDevice, Memory
 from tests.runtime.test_conformance import PROGRAMS, play_on_fake
 
-BEGIN = [("record", FORK, "compute"), ("wait", FORK, "comm")]
+BEGIN, BEGIN_COMM = ("record", FORK, "compute"), ("wait", FORK, "comm")
 
 
 def notes_of(device, player):
@@ -34,11 +34,33 @@ def expected(program):
             case Free(): yield "free", len(instr.regs)
 
 
+def test_a_program_that_does_not_communicate_leaves_the_comm_lane_alone():
+    """Else a capture of it would end with a stream that was never joined."""
+    device = FakeDevice()
+    player = StreamPlayer(device)
+    player(lambda lanes, x: (x,), (3,), [torch.ones(3)])
+    assert notes_of(device, player) == [BEGIN]
+
+
+def test_an_error_while_lanes_are_joined_does_not_hide_what_went_wrong_before():
+    device = FakeDevice()
+
+    def broken(lanes, *_args):
+        lanes.switch_to_comm()
+        device.new_event = lambda: 1 / 0
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine") as raised:
+        StreamPlayer(device)(broken, (3,), [])
+    assert raised.value.__notes__ == ["and then the lanes could not be joined: division by zero"]
+
+
 @pytest.mark.parametrize(("policy", "n"), PROGRAMS)
 def test_what_is_issued_is_the_proven_program(policy, n, monkeypatch):
     program = moe_program(3, n, policy)
     device, player = play_on_fake(program, monkeypatch)
-    notes, want = notes_of(device, player), BEGIN + list(expected(program))
+    notes, want = notes_of(device, player), [BEGIN, *expected(program)]
+    want.insert(next(i for i, note in enumerate(want) if note[-1] == "comm"), BEGIN_COMM)
     assert notes[: len(want)] == want
     assert [what for what, *_ in notes[len(want) :]] in ([], ["free"])  # the end drops what the program keeps
     assert device.now is device.caller
@@ -146,7 +168,7 @@ def test_a_collective_waits_for_the_callers_arguments(group, has_fork, monkeypat
     device = FakeDevice()
     player = StreamPlayer(device)
     if not has_fork:
-        monkeypatch.setattr("dbo_compile.runtime.streams.StreamLanes.__enter__", lambda lanes: lanes)
+        monkeypatch.setattr("dbo_compile.runtime.streams.StreamLanes._fork", lambda lanes: None)
     with torch.no_grad(), Memory(device) as memory:
         player(module, rows, [x.sin() if isinstance(x, torch.Tensor) else x for x in args])
     assert (memory.races == []) == has_fork

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
 from dbo_compile.runtime import tune
 from dbo_compile.runtime.tune import (
     MORE_TRIALS,
+    MOST_UNSTEADY,
     TRIALS,
     Decision,
     Size,
@@ -80,6 +83,29 @@ def test_ways_take_turns_and_the_cold_first_time_does_not_count():
     assert tuner.decisions == {SIZE: Decision({"split": 0.3, "unsplit": 0.5, "inductor": 0.4}, "split", {}, EXACT)}
     assert tuner.way(SIZE, WAYS) == ("split", False)
     assert str(tuner.decisions[SIZE]) == "split (split 300.00 ms, unsplit 500.00 ms, inductor 400.00 ms)"
+
+
+def test_times_of_warm_ups_and_captures_do_not_count():
+    """As on a device: the first play of a way is its warm-up, the second is captured, and takes a thousand times as
+    long; what is captured is faster than what Inductor made."""
+    tuner, plays = Tuner(alone, {}), Counter()
+    while (found := tuner.way(SIZE, ["split", "inductor"]))[1]:
+        way, _ = found
+        plays[way] += 1
+        early = way == "split" and plays[way] < 3
+        seconds = 1.0 if way == "inductor" else {1: 2.0, 2: 1000.0}.get(plays[way], 0.5)
+        tuner.took(SIZE, way, seconds, {}, is_steady=not early)
+    assert tuner.decisions[SIZE].chosen == "split"
+    assert plays == {"split": TRIALS + 2, "inductor": TRIALS}
+
+
+def test_sizes_that_are_never_captured_are_decided_all_the_same():
+    tuner, plays = Tuner(alone, {}), 0
+    while (found := tuner.way(SIZE, ["split", "unsplit"]))[1]:
+        plays += 1
+        tuner.took(SIZE, found[0], {"split": 0.5, "unsplit": 1.0}[found[0]], {}, is_steady=False)
+    assert plays == 2 * (MOST_UNSTEADY + TRIALS)
+    assert tuner.decisions[SIZE].chosen == "split"
 
 
 def test_ways_that_are_close_to_the_fastest_are_timed_more_often():
