@@ -67,15 +67,17 @@ class Engine:
     def __call__(self, *args: Any) -> Any:
         call = self.planner.read(args)
         plan = self.planner.plan(call)  # what goes wrong until here, the other ranks have heard of
+        self.calls.total += 1
         try:
-            results = self._call(plan, call)
-        except (Disagreement, RankLost, Unpaddable):  # which every rank raises alike
+            return self._call(plan, call)
+        except Unpaddable:  # on every rank: the call comes again, without padding
+            self.calls.total -= 1
+            raise
+        except (Disagreement, RankLost):  # which every rank raises alike
             raise
         except Exception as error:
             self.agreement.leave(f"it raised {type(error).__name__}: {error}")
             raise
-        self.calls.total += 1
-        return results
 
     @property
     def player(self) -> Player:
