@@ -14,6 +14,7 @@ from dbo_compile.ir.tokens import Local
 lib = torch.library.Library("gated", "DEF")
 lib.define("average(Tensor x) -> Tensor")
 lib.define("exchange(Tensor x) -> Tensor")
+lib.define("first_nine(Tensor x) -> Tensor")
 
 
 @torch.library.impl(lib, "average", "CPU")
@@ -26,6 +27,12 @@ def exchange(x):
     return x.roll(1, 0)  # rows do not come back to where they went from
 
 
+@torch.library.impl(lib, "first_nine", "CPU")
+def first_nine(x):
+    return x * (torch.arange(len(x)) < 9)[:, None]
+
+
+@torch.library.register_fake("gated::first_nine")
 @torch.library.register_fake("gated::average")
 @torch.library.register_fake("gated::exchange")
 def empty_like(x):
@@ -33,6 +40,7 @@ def empty_like(x):
 
 
 dbo_compile.register_rule(torch.ops.gated.average.default)(lambda x: x.place)  # a lie
+dbo_compile.register_rule(torch.ops.gated.first_nine.default)(lambda x: x.place)  # one that small steps do not show
 dbo_compile.register_comm_op(torch.ops.gated.exchange.default, rule=lambda x: Local())
 
 
@@ -85,6 +93,18 @@ def test_a_rule_that_lies_is_found_out_and_the_answers_are_right(caplog):
     assert [record.message for record in caplog.records] == [
         f"{report.reason}. The graph is not split any more; dbo_compile.explain shows its ops"
     ]
+
+
+def test_a_lie_that_small_steps_do_not_show_is_found_out_in_the_first_large_one():
+    def capped(x, _key):
+        return (torch.ops.gated.first_nine(x.exp()),)
+
+    run = compiled(capped)
+    for num_tokens in (6, 9, 40, 60):
+        check(run, capped, num_tokens)
+    report = reports()[-1]
+    assert "in 9 of 40 rows" in report.reason
+    assert (report.calls, report.calls_split) == (4, 3)
 
 
 def test_without_the_gate_the_lie_would_be_believed():

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from dbo_compile.config import Config
@@ -177,7 +178,8 @@ class Engine:
 
     def _played(self, way: str, turn: Turn, call: Call, size: Size | None, args: Sequence[Any]) -> Sequence[Any]:
         if way == SPLIT and turn.gates:
-            return self.gate.play(turn.cut, turn.num_rows, args, lambda: self.planner.recut(turn, call))
+            recut = partial(self.planner.recut, turn, call)
+            return self.gate.play(turn.cut, turn.num_rows, args, recut, num_tokens=turn.plan.padded_tokens)
         refined = self._refiner.programs[size] if way == REFINED and size else None
         return self.ways.play(way, turn.cut, turn.num_rows, args, refined=refined)
 

@@ -44,7 +44,8 @@ GIB = 2**30
 
 
 class Gate:
-    """Judges the first split call of a graph, every one or none (`mode`), and says whether it may be split on.
+    """Judges split calls of a graph, and says whether it may be split on: the first one and each that is more than twice
+    as large as any judged before, every one, or none (`mode`). What a fault does may show in large steps alone.
 
     When it refutes the programs, `recompile` makes others that trust nothing, or None if nothing was on trust.
     """
@@ -53,24 +54,28 @@ class Gate:
         self.refuted = ""
         """Why the graph is split no more."""
         self._ways = ways
-        self._judges_all = mode == "every-call"
-        self._is_done = mode == "never"
+        self._mode = mode
+        self._most_judged = 0
         self._recompile = recompile
         self._num_slight = 0
         self._was_left_out = False
 
-    @property
-    def is_wanted(self) -> bool:
-        return not self.refuted and (self._judges_all or not self._is_done)
+    def wants(self, num_tokens: int) -> bool:
+        """Whether a step of so many tokens, on the rank that has most, is to be judged if it is split."""
+        if self.refuted or self._mode == "never":
+            return False
+        return self._mode == "every-call" or self._num_slight > 0 or num_tokens > 2 * self._most_judged
 
-    def play(self, cut: Cut, num_rows: int, args: Sequence[Any], recut: Callable[[], Cut]) -> Sequence[Any]:
+    def play(
+        self, cut: Cut, num_rows: int, args: Sequence[Any], recut: Callable[[], Cut], *, num_tokens: int
+    ) -> Sequence[Any]:
         """Play unsplit and split, and keep splitting only if both give the same on every rank.
 
-        If they do not, and something is taken on trust, programs that do not trust it get a second chance; `recut`
+        `num_tokens` is what `wants` was asked of, on all ranks alike. If they do not, and something is taken on trust, programs that do not trust it get a second chance; `recut`
         cuts the step for them.
         """
         if not self._has_room(num_rows, args):
-            self._is_done = True
+            self._most_judged = max(self._most_judged, num_tokens)
             return self._ways.play(SPLIT, cut, num_rows, args)
         trial = Trial(self._ways, self._ways.agreement, num_rows, args)
         fault = trial.fault(cut)
@@ -85,7 +90,7 @@ class Gate:
             logger.info("splitting changed %s, as rounding may: the next call is judged as well", fault)
             return trial.results
         self._num_slight = 0
-        self._is_done = True
+        self._most_judged = max(self._most_judged, num_tokens)
         if fault:
             self.refuted = f"splitting changed {fault}: some op mixes tokens, and its rule does not say so"
             logger.warning("%s. The graph is not split any more; dbo_compile.explain shows its ops", self.refuted)

@@ -113,7 +113,7 @@ class Planner:
 
     def _wish_of(self, num_tokens: int, elements: int, decode: bool, *, can_split: bool) -> Wish:
         bucket = self._buckets.bucket(num_tokens)
-        wants_gate, program, config = self._gate.is_wanted, self.fingerprint, self._config_fingerprint
+        wants_gate, program, config = self._gate.wants(bucket), self.fingerprint, self._config_fingerprint
         pads = Pads.ALWAYS if self._pads else Pads.NEVER
         return Wish(num_tokens, bucket, elements * bucket, can_split, wants_gate, decode, program, config, pads=pads)
 
@@ -144,7 +144,7 @@ class Planner:
         self._check_rows(plan, call.force)
         num_rows = plan.padded_tokens if plan.pads and not call.force else call.sizes[0]
         cut, reason = self._split(plan, call, num_rows)
-        gates = plan.gate or (call.force is not None and self._gate.is_wanted)
+        gates = plan.gate or (call.force is not None and self._gate.wants(plan.padded_tokens))
         if self.may_be_alone(call):
             gates = any(wants for wants, in self.agreement.share([gates]))
         return Turn(plan, cut, num_rows, reason, gates)

@@ -185,9 +185,9 @@ def gated(split, num_calls, *, mode="first-call", recompile=lambda: None, **opti
     gate, plays = Gate(found, mode, recompile), []
     for _ in range(num_calls):
         before = len(split.wrong)
-        if not gate.is_wanted:
+        if not gate.wants(7):
             break
-        (result,) = gate.play(Cut((4, 3)), 7, [X], lambda: Cut((4, 3)))
+        (result,) = gate.play(Cut((4, 3)), 7, [X], lambda: Cut((4, 3)), num_tokens=7)
         plays.append(before - len(split.wrong))
         assert torch.equal(result, 2 * X)
     return plays, gate
@@ -195,7 +195,7 @@ def gated(split, num_calls, *, mode="first-call", recompile=lambda: None, **opti
 
 def test_one_row_by_chance_is_judged_again_and_the_graph_is_split_on():
     _, gate = gated(Program(1, 0, 0), 9)
-    assert (gate.is_wanted, gate.refuted) == (False, "")
+    assert (gate.wants(7), gate.refuted) == (False, "")
 
 
 def test_one_row_in_every_call_is_a_fault_and_was_never_handed_out():
@@ -207,6 +207,16 @@ def test_one_row_in_every_call_is_a_fault_and_was_never_handed_out():
 def test_one_row_now_and_then_does_not_add_up():
     plays, gate = gated(Program(*[1, 0] * 9), 18, mode="every-call")
     assert (len(plays), gate.refuted) == (18, "")
+
+
+def test_a_step_of_more_than_twice_the_tokens_is_judged_again():
+    """A capacity that the first step does not reach changes nothing in it."""
+    _, gate = gated(Program(), 1)
+    assert [n for n in (1, 7, 14, 15, 99) if gate.wants(n)] == [15, 99]
+    gate.play(Cut((4, 3)), 7, [X], lambda: Cut((4, 3)), num_tokens=40)  # another rank has 40
+    assert [n for n in (15, 80, 81) if gate.wants(n)] == [81]
+    _, gate = gated(Program(), 0, mode="never")
+    assert not gate.wants(99)
 
 
 def test_two_rows_of_seven_are_a_fault_at_once():
@@ -248,8 +258,8 @@ def test_without_room_for_copies_nothing_is_judged_on_any_rank(gib, judges, monk
     found.agreement = Two(None, timeout_s=1.0)
     gate = Gate(found, "first-call", lambda: None)
     with caplog.at_level("WARNING", "dbo_compile"):
-        gate.play(Cut((4, 3)), 7, [X], Cut)
-    assert not gate.is_wanted
+        gate.play(Cut((4, 3)), 7, [X], Cut, num_tokens=7)
+    assert not gate.wants(7)
     assert [r.message.split(":")[0] for r in caplog.records] == (
         [] if judges else ["the gate is left out, and nothing proves that splitting is right here"]
     )
