@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dbo_compile.log import logger
 from dbo_compile.runtime.agree import Agreement
-from dbo_compile.runtime.graphs import Captured, GraphDevice, Key, Limits, Place, Play, Player, num_elements, write
+from dbo_compile.runtime.graphs import Captured, GraphDevice, Key, Limits, Place, Play, Player, Room
 from dbo_compile.runtime.moved import lent
 from dbo_compile.runtime.obstacles import Busy, Obstacle, TooMuchMemory, Uncapturable, on_all_ranks, one_at_a_time
 
@@ -68,7 +68,7 @@ class CapturePlayer:
         self._moved: set[int] = set()
         self._bit_of = {i: bit for bit, i in enumerate(sorted(limits.tokens & limits.written)[:MOST_BITS], start=1)}
         self._met: dict[Key, list[Place]] = {}
-        self._room: dict[int, torch.Tensor] = {}
+        self._room = Room()
 
     def __call__(self, module: Callable[..., Any], rows: Sequence[int], args: Sequence[Any]) -> tuple[Any, ...]:
         if self.device.is_capturing():
@@ -111,7 +111,7 @@ class CapturePlayer:
     def release(self) -> None:
         """Forget every graph, and give their memory back."""
         self.forget(lambda _key: True)
-        self._room.clear()
+        self._room = Room()
 
     def forget(self, is_lost: Callable[[Key], bool]) -> None:
         """Forget some graphs; what is played again is captured again. All ranks forget those of the same plays."""
@@ -207,7 +207,7 @@ class CapturePlayer:
         start, before = time.perf_counter(), self.device.memory_used()
         tensors = {i: x for i, x in enumerate(play.args) if isinstance(x, torch.Tensor)}
         pinned = {i: x.detach() for i, x in tensors.items() if i in stable}  # keeps the memory if `x.data` is replaced
-        copied = {i: self._buffer(i, x) for i, x in tensors.items() if i not in stable}
+        copied = {i: self._room.copy(i, x) for i, x in tensors.items() if i not in stable}
         args = [copied.get(i, pinned.get(i, x)) for i, x in enumerate(play.args)]
         with self.ranks.busy():
             graph, results = self.device.capture(lambda: self.player(play.module, play.rows, args))
@@ -223,16 +223,6 @@ class CapturePlayer:
         addresses = [pinned[i].data_ptr() if i in pinned else None for i in range(len(args))]
         returned = self.limits.written & copied.keys()
         return Captured(graph, pinned, copied, returned, addresses, results, num_bytes, seconds)
-
-    def _buffer(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Memory for an argument that comes from elsewhere in each call; smaller sizes lie in that of larger ones."""
-        if index not in self._room or self._room[index].numel() < num_elements(x):
-            with torch.inference_mode(False):  # no inference tensor: those are not written outside
-                self._room[index] = torch.empty(num_elements(x), dtype=x.dtype, device=x.device)
-        with torch.inference_mode(False):
-            buffer = self._room[index].as_strided(x.shape, x.stride())
-        write(buffer, x)
-        return buffer
 
     def _check(self, play: Play, *, is_free: bool) -> None:
         if not is_free:

@@ -109,6 +109,22 @@ def distinct(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+class Room:
+    """Memory for arguments that come from elsewhere in each call; those of smaller sizes lie in that of larger ones."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, torch.Tensor] = {}
+
+    def copy(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """A copy of an argument, of the same sizes and strides, in its room."""
+        with torch.inference_mode(False):  # no inference tensor: those are not written outside
+            if index not in self._rows or self._rows[index].numel() < num_elements(x):
+                self._rows[index] = torch.empty(num_elements(x), dtype=x.dtype, device=x.device)
+            copy = self._rows[index].as_strided(x.shape, x.stride())
+        write(copy, x)
+        return copy
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """An argument, and where it lay. A tensor that is gone is no other one, whatever its address."""

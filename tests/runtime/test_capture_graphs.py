@@ -158,6 +158,16 @@ def test_smaller_sizes_are_copied_into_the_memory_of_larger_ones():
         check(player, module, (n,), args_of(n))
 
 
+def test_copies_may_be_written_outside_of_inference_mode():
+    player, _ = setup()
+    module = Program()
+    with torch.inference_mode():
+        for _ in range(2):
+            check(player, module, (7,), args_of(7))
+    (captured,) = player.graphs.values()
+    assert [buffer.is_inference() for buffer in captured.copied.values()] == [False]
+
+
 def test_inputs_of_any_layout_are_copied_right():
     player, graphs = setup()
     module = Program()
