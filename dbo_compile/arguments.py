@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -104,13 +105,14 @@ def signature_of(
     inputs = list(g.inputs(graph))
     written = dict.fromkeys(g.base(n) for m in g.body(graph) for n in g.written(m))
     symbol_inputs = g.symbol_inputs(graph)
+    names = {inputs[i]: name for i, _, name in tokens}
     return Signature(
         token_inputs=tuple(TokenInput(*t, config.pad_values.get(t[2], 0)) for t in tokens),
         token_numbers=tuple(i for s, i in symbol_inputs.items() if s in traced.symbols),
         symbol_inputs={s: i for s, i in symbol_inputs.items() if s not in traced.symbols},
         written=tuple(i for i, n in enumerate(inputs) if n in written),
         output_dims=tuple(_token_dim(n, placed) for n in g.results(graph)),
-        unpaddable=_why_not_padded(graph, placed, traced, has_values=bool(config.pad_values)),
+        unpaddable=_why_not_padded(graph, placed, traced, names, config.pad_values),
         same_size=any(g.symbols_of(v) & {*traced.symbols} for n in g.body(graph) for v in _sent(n)),
         draws_random_numbers=any(map(draws_random_numbers, g.body(graph))),
         requests=_requests(graph, traced),
@@ -132,8 +134,11 @@ def _token_dim(result: Any, placed: TokenMap) -> int | None:
     return place.dim if isinstance(place, Split) else None
 
 
-def _why_not_padded(graph: fx.Graph, placed: TokenMap, traced: Traced, *, has_values: bool) -> str:
-    """Why rows of padding could change what is computed of the others; "" if they cannot."""
+def _why_not_padded(
+    graph: fx.Graph, placed: TokenMap, traced: Traced, names: Mapping[fx.Node, str], values: Mapping[str, Any]
+) -> str:
+    """Why rows of padding could change what is computed of the others; "" if they cannot. `names` are those of the
+    inputs that carry tokens, `values` what some of them are padded with."""
     for node in g.inputs(graph):
         rows = g.symbols_of(g.value(node)) & {*traced.symbols}
         if rows and node not in traced.token_dims and not g.is_symbolic_number(node):
@@ -145,12 +150,39 @@ def _why_not_padded(graph: fx.Graph, placed: TokenMap, traced: Traced, *, has_va
     for node in g.results(graph):
         if isinstance(node, fx.Node) and g.is_symbolic_number(node) and g.symbols_of(g.value(node)) & {*traced.symbols}:
             return "it returns the number of tokens"
-    for node in g.body(graph):
-        shared = [n for n in g.written(node) if isinstance(placed.places[n], Shared)]
-        if shared and not isinstance(placed.places[node], Shared) and not has_values:
-            return (f"{node.name} ({g.source_line(node)}) writes a buffer of all tokens; give pad_values that have it "
-                    "write where nobody reads")
+    for node in filter(partial(_writes_for_tokens, placed), g.body(graph)):
+        sources = _sources(_places_read(node))
+        says_where = [name for n, name in names.items() if n in sources]
+        undirected = [name for name in says_where if name not in values]
+        if undirected or not says_where:
+            why = (f"; give pad_values for {', '.join(undirected)} that have it write where nobody reads"
+                   if undirected else ", and no input of tokens says where")  # fmt: skip
+            return f"{node.name} ({g.source_line(node)}) writes a buffer of all tokens{why}"
     return ""
+
+
+def _writes_for_tokens(placed: TokenMap, node: fx.Node) -> bool:
+    """Whether an op writes something of its tokens to a buffer of all tokens."""
+    written = g.written(node)
+    return any(isinstance(placed.places[n], Shared) for n in written) and any(
+        not isinstance(placed.places[n], Shared) for n in node.all_input_nodes
+    )
+
+
+def _places_read(node: fx.Node) -> list[fx.Node]:
+    """The arguments that may say where an op writes: all integers that it reads, whatever it calls them."""
+    read = [n for n in node.all_input_nodes if n not in g.written(node)]
+    return [n for n in read if g.is_integer(n)]
+
+
+def _sources(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The inputs of the graph that values are made of."""
+    found, todo = dict.fromkeys(nodes), list(nodes)
+    while todo:
+        new = [n for n in todo.pop().all_input_nodes if n not in found]
+        found |= dict.fromkeys(new)
+        todo += new
+    return [n for n in found if n.op == "placeholder"]
 
 
 def _sent(node: fx.Node) -> list[Any]:

@@ -18,7 +18,7 @@ from dbo_compile.compilation import Compilation
 from dbo_compile.config import Config
 from dbo_compile.dump import publish
 from dbo_compile.errors import InvalidSchedule, NotSplit
-from dbo_compile.log import logger, setup_from_environment
+from dbo_compile.log import logger, setup_from_environment, warn_once
 from dbo_compile.passes.capturable import why_not_captured
 from dbo_compile.passes.inline import inline_regions
 from dbo_compile.report import Report, forget
@@ -44,7 +44,23 @@ def dbo(
     """
     if mode is not None:
         raise ValueError(f"backend dbo has no modes, got mode={mode!r}; use options={{...}}, see dbo_compile.Config")
-    return compile_with(gm, example_inputs, config=Config.from_options(options))
+    config = Config.from_options(options)
+    _warn_of_other_names(gm, example_inputs, config)
+    return compile_with(gm, example_inputs, config=config)
+
+
+def _warn_of_other_names(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> None:
+    """A name that this graph has not may be misspelt, or that of another graph of the model: so it is no error."""
+    inputs = capture.input_names(gm, example_inputs)
+    dims, values = config.token_dims or {}, config.pad_values
+    missing = {
+        "token_dims": [] if dims.keys() & {*inputs} else [*dims],
+        "pad_values": [name for name in values if name not in inputs],
+    }
+    for option, names in missing.items():
+        if names and inputs:
+            wrong, known = ", ".join(map(repr, names)), ", ".join(inputs)
+            warn_once(wrong, f"{option} names %s, which this graph has not; its inputs are: %s", wrong, known)
 
 
 def compile_with(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config) -> Callable[..., Any]:

@@ -79,11 +79,7 @@ def token_tensors(
     A wrong guess costs time, never a wrong answer: placing values is sound for whatever is sliced, and calls in which
     these differ in length are not split.
     """
-    found = [
-        TokenTensor(i, node, x, 0, _short_name(node))
-        for i, (node, x) in enumerate(zip(g.inputs(gm.graph), example_inputs, strict=True))
-        if isinstance(x, torch.Tensor) and x.ndim and not compat.is_parameter(node, x)
-    ]
+    found = [TokenTensor(i, node, x, 0, _short_name(node)) for i, node, x in _own_tensors(gm, example_inputs) if x.ndim]
     dims, known = dims_of_tokens(token_dims or {}), token_dims or {}
     found = [t for t in found if t.name in dims or t.name not in known]
     named = [
@@ -106,6 +102,16 @@ def token_tensors(
     return [first, *others]
 
 
+def input_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
+    """The names of the arguments that are tensors and no weights."""
+    return list(dict.fromkeys(_short_name(node) for _, node, _ in _own_tensors(gm, example_inputs)))
+
+
+def _own_tensors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[tuple[int, fx.Node, torch.Tensor]]:
+    inputs = enumerate(zip(g.inputs(gm.graph), example_inputs, strict=True))
+    return [(i, n, x) for i, (n, x) in inputs if isinstance(x, torch.Tensor) and not compat.is_parameter(n, x)]
+
+
 def request_tensors(
     gm: fx.GraphModule, example_inputs: Sequence[Any], token_dims: Mapping[str, int | Axis] | None
 ) -> list[RequestTensor]:
@@ -126,9 +132,8 @@ def _short_name(placeholder: fx.Node) -> str:
 
 def dims_as_long(gm: fx.GraphModule, example_inputs: Sequence[Any], num_tokens: int) -> list[tuple[torch.Tensor, int]]:
     """The dims of inputs that may count tokens, too: a mask has a row and a column for each of them."""
-    inputs = zip(g.inputs(gm.graph), example_inputs, strict=True)
-    own = [x for node, x in inputs if isinstance(x, torch.Tensor) and not compat.is_parameter(node, x)]
-    return [(x, d) for x in own for d, size in enumerate(x.shape) if size == num_tokens]
+    own = _own_tensors(gm, example_inputs)
+    return [(x, d) for _, _, x in own for d, size in enumerate(x.shape) if size == num_tokens]
 
 
 def make_symbolic(

@@ -76,7 +76,10 @@ class Config:
         "padded only as far as ranks or segments need it.",
     )
     pad_values: Mapping[str, int | float] = _option(
-        NamedValues({}), named("numbers", is_number), "What an input is padded with, where that is not 0."
+        NamedValues({}),
+        named("numbers", is_number),
+        "What an input is padded with, where that is not 0. A graph with an op that writes a cache is padded only if "
+        "this has every input that says where it writes.",
     )
     dp_group: object | None = _option(
         None,

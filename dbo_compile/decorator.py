@@ -318,9 +318,14 @@ def _check_names(config: Config, signature: inspect.Signature) -> None:
     parameters = signature.parameters
     if not config.token_dims:
         raise ValueError("token_dims must name an argument that carries tokens, e.g. token_dims={'input_ids': 0}")
+    carriers = dims_of_tokens(config.token_dims)
+    for name in config.pad_values:
+        if name not in carriers:
+            raise ValueError(f"pad_values has {name!r}, which is no input of tokens{nearest(name, list(carriers))} "
+                             f"Those of token_dims are: {', '.join(carriers)}")
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
-    for name in (*config.token_dims, *config.pad_values):
+    for name in config.token_dims:
         if name.partition(".")[0] not in parameters:
             raise ValueError(f"{name!r} is no argument{nearest(name, list(parameters))} The arguments are: "
                              f"{', '.join(parameters)}")

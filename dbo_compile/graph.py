@@ -49,6 +49,14 @@ def function(node: fx.Node) -> fx.Graph | None:
     return made.graph if isinstance(made, fx.GraphModule) else None
 
 
+def is_integer(node: fx.Node) -> bool:
+    """Whether the result of `node` is a tensor of integers, booleans not among them."""
+    val = value(node)
+    if not isinstance(val, torch.Tensor) or val.dtype is torch.bool:
+        return False
+    return not (val.dtype.is_floating_point or val.dtype.is_complex)
+
+
 def is_symbolic_number(node: fx.Node) -> bool:
     return isinstance(value(node), SYMBOLIC)
 

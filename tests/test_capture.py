@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dbo_compile import reports
+from dbo_compile import log, reports
 from dbo_compile.report import new_reports
 
 ALWAYS = {"split": "always", "inner": "eager"}
@@ -141,9 +141,28 @@ def test_token_dims_name_a_dim(dim):
     assert report.calls_split == 2
 
 
-def test_token_dims_that_name_nothing_leave_the_guess():
+@pytest.fixture
+def warned(caplog):
+    """The warnings of a test, as if there had been none before."""
+    log._warned.clear()
+    return lambda: [r.getMessage() for r in caplog.records if r.name == "dbo_compile" and r.levelname == "WARNING"]
+
+
+def test_token_dims_that_name_nothing_leave_the_guess_and_say_so_once(warned):
     (report,) = check(lambda x: x.exp(), *rows(9), options=ALWAYS | {"token_dims": {"ids": 1}})
     assert [(t.name, t.dim) for t in report.engine.signature.token_inputs] == [("x", 0)]
+    assert warned() == ["token_dims names 'ids', which this graph has not; its inputs are: x"]
+
+
+def test_names_of_pad_values_that_a_graph_has_not_are_said_once(warned):
+    options = ALWAYS | {"token_dims": {"x": 0, "y": 0}, "pad_values": {"y": 1, "z": 2, "xs": 3}, "pad_to": [16]}
+    check(two, *[lambda n=n: (values(n, 7), values(n, 5)) for n in (9, 4)], options=options)
+    assert warned() == ["pad_values names 'xs', 'z', which this graph has not; its inputs are: x, y"]
+
+
+def test_a_name_is_not_missing_where_the_graph_has_another_one(warned):
+    check(two, lambda: (values(9, 7), values(9, 5)), options=ALWAYS | {"token_dims": {"x": 0, "z": 0}})
+    assert warned() == []
 
 
 @pytest.mark.parametrize(

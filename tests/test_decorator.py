@@ -229,7 +229,12 @@ def fails(match, call, *args, **kwargs):
 def test_wrong_decorations_are_errors():
     fails("'position' is no argument; did you mean 'positions'?", dbo_compile.dbo, Model(), token_dims={"position": 0})
     fails("'y' is no argument.* The arguments are: x, positions, scale",
-          dbo_compile.dbo, Model(), token_dims={"x": 0}, pad_values={"y": 1})  # fmt: skip
+          dbo_compile.dbo, Model(), token_dims={"x": 0, "y": 0})  # fmt: skip
+    fails(r"pad_values has 'position', .* no input of tokens; did you mean 'positions'\? .* are: positions, x",
+          on_instance, pad_values={"position": 1})  # fmt: skip
+    fails("pad_values has 'scale', which is no input of tokens", on_instance, pad_values={"scale": 1})
+    fails("pad_values has 'b', which is no input of tokens",
+          dbo_compile.dbo, lambda x, **more: x, token_dims={"x": 0}, pad_values={"b": 1})  # fmt: skip
     fails("token_dims must name an argument", dbo_compile.dbo, Model(), token_dims={})
     fails("unknown option 'pad'", dbo_compile.dbo, Model(), token_dims={"x": 0}, pad=8)
     fails("decorates a Module, a class of Modules or a function, not int", dbo_compile.dbo, 3, token_dims={"x": 0})

@@ -75,6 +75,91 @@ def test_the_decorator_takes_metadata_in_a_dataclass_and_pads_around_it(group):
     assert [r.calls_split for r in new_reports(before) if r.calls] == [2]
 
 
+@torch.library.custom_op("dbo_test::written", mutates_args=("cache",))
+def written(cache: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
+    """The place is `slots`, or `slots` and `at`."""
+    cache[slots if at is None else slots + at] = k
+    return k.clone()
+
+
+@torch.library.custom_op("dbo_test::written_for_nothing", mutates_args=("cache",))
+def written_for_nothing(cache: torch.Tensor, slots: torch.Tensor, k: torch.Tensor) -> None:
+    cache[slots] = k
+
+
+written.register_fake(lambda cache, slots, k, at=None: torch.empty_like(k))
+dbo_compile.register_attention_op(torch.ops.dbo_test.written.default, tokens=["slots", "k", "at"], caches=["cache"])
+dbo_compile.register_attention_op(
+    torch.ops.dbo_test.written_for_nothing.default, tokens=["slots", "k"], caches=["cache"]
+)
+
+
+class Cached(torch.nn.Module):
+    """Writes each row of x to the place that the model is said to write to."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+        self.register_buffer("cache", torch.zeros(32, 4))
+
+    def forward(self, x, slots, positions):
+        written = self.write(self.cache, slots, x, positions)
+        return x * 2 if written is None else written * 2
+
+
+WRITES = {
+    "slots": lambda cache, slots, x, positions: written(cache, slots, x + positions[:, None]),
+    "slots without a result": lambda cache, slots, x, positions: written_for_nothing(cache, slots.long(), x),
+    "a view of slots": lambda cache, slots, x, positions: written(cache, slots.view(-1, 1)[:, 0], x),
+    "slots and positions": lambda cache, slots, x, positions: written(cache, slots - positions + positions, x),
+    "positions beside": lambda cache, slots, x, positions: written(cache, slots, x, positions * 0),
+    "row numbers": lambda cache, slots, x, positions: written(cache, torch.arange(len(x)), x),
+}
+NO_VALUES = "writes a buffer of all tokens; give pad_values for {} that have it write where nobody reads"
+
+
+@pytest.mark.parametrize("entry", ["backend", "decorator"])
+@pytest.mark.parametrize(
+    ("writes", "values", "missing"),
+    [
+        ("slots", {}, "slots"),
+        ("slots", {"slots": 31}, ""),
+        ("slots", {"positions": 7}, "slots"),
+        ("slots", {"x": 1, "positions": 7}, "slots"),
+        ("slots without a result", {"positions": 7}, "slots"),
+        ("slots without a result", {"slots": 31}, ""),
+        ("a view of slots", {"positions": 7}, "slots"),
+        ("a view of slots", {"slots": 31}, ""),
+        ("slots and positions", {"slots": 31}, "positions"),
+        ("slots and positions", {"positions": 0}, "slots"),
+        ("slots and positions", {}, "slots, positions"),
+        ("slots and positions", {"slots": 31, "positions": 0}, ""),
+        ("positions beside", {"slots": 31}, "positions"),
+        ("positions beside", {"slots": 31, "positions": 0}, ""),
+        ("row numbers", {"slots": 31, "positions": 0}, None),
+    ],
+)
+def test_padding_overwrites_nothing_in_a_cache(entry, writes, values, missing):
+    """Whatever values are given, and for what: rows that are not directed elsewhere are not played."""
+    model, before = Cached(WRITES[writes]), reports()
+    options = {"split": "always", "inner": "eager", "pad_to": [16], "pad_values": values,
+               "token_dims": {"x": 0, "slots": 0, "positions": 0}}  # fmt: skip
+    decorated = entry == "decorator"
+    run = dbo_compile.dbo(model, **options) if decorated else torch.compile(model, backend="dbo", options=options)
+    with torch.no_grad():
+        for _ in range(2):
+            run(torch.ones(13, 4), torch.arange(13), torch.zeros(13, dtype=torch.int64))
+    assert model.cache[:13].eq(1).all()
+    assert not model.cache[13:31].any()
+    (report,) = new_reports(before)
+    assert report.calls_split == 2
+    if missing is None:
+        assert report.unpaddable.endswith("writes a buffer of all tokens, and no input of tokens says where")
+    else:
+        assert report.unpaddable.endswith(NO_VALUES.format(missing) if missing else "")
+        assert bool(report.unpaddable) == bool(missing)
+
+
 def test_a_dict_of_metadata_works_as_well():
     def fn(x, meta):
         return x * 2 + meta["bias"]
