@@ -125,8 +125,8 @@ class Config:
     gate: Literal["first-call", "never", "every-call"] = _option(
         "first-call",
         choice("first-call", "never", "every-call"),
-        "When the split program must prove equal to the unsplit one, on the inputs of the call. first-call: on the first "
-        "that is split, and on each that is more than twice as large as any before.",
+        "When the split program must prove equal to the unsplit one, on the inputs of the call. first-call: on the "
+        "first that is split, and on each that is more than twice as large as any before.",
     )
     dump: str | None = _option(
         None, either(NONE, FOLDER), "The folder that every level is written to. None: nothing is.", shared=False

@@ -44,8 +44,8 @@ GIB = 2**30
 
 
 class Gate:
-    """Judges split calls of a graph, and says whether it may be split on: the first one and each that is more than twice
-    as large as any judged before, every one, or none (`mode`). What a fault does may show in large steps alone.
+    """Judges split calls of a graph, and says whether it may be split on: the first one and each that is more than
+    twice as large as any judged before, every one, or none (`mode`). What a fault does may show in large steps alone.
 
     When it refutes the programs, `recompile` makes others that trust nothing, or None if nothing was on trust.
     """
@@ -71,8 +71,8 @@ class Gate:
     ) -> Sequence[Any]:
         """Play unsplit and split, and keep splitting only if both give the same on every rank.
 
-        `num_tokens` is what `wants` was asked of, on all ranks alike. If they do not, and something is taken on trust, programs that do not trust it get a second chance; `recut`
-        cuts the step for them.
+        `num_tokens` is what `wants` was asked of, on all ranks alike. If they do not give the same, and something is
+        taken on trust, programs that do not trust it get a second chance; `recut` cuts the step for them.
         """
         if not self._has_room(num_rows, args):
             self._most_judged = max(self._most_judged, num_tokens)
