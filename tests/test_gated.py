@@ -107,6 +107,20 @@ def test_a_lie_that_small_steps_do_not_show_is_found_out_in_the_first_large_one(
     assert (report.calls, report.calls_split) == (4, 3)
 
 
+def test_a_step_that_is_not_padded_is_judged_by_the_tokens_it_has():
+    """Its bucket has more than twice as many: judged by that, it would be judged in every call."""
+    run = compiled(lambda x, _key: (x.exp(), x.mean(0)), pad_to=(64,))
+    for _ in range(2):
+        check(run, lambda x, _key: (x.exp(), x.mean(0)), 20)
+    engine = reports()[-1].engine
+    assert engine.signature.unpaddable
+    assert not engine.gate.wants(20)
+    played, player = [], engine.player
+    engine.player = lambda module, rows, args: played.append(rows) or player(module, rows, args)
+    check(run, lambda x, _key: (x.exp(), x.mean(0)), 20)
+    assert len(played) == 1
+
+
 def test_without_the_gate_the_lie_would_be_believed():
     run = compiled(mixed, gate="never")
     with torch.no_grad():

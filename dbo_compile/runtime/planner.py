@@ -113,7 +113,7 @@ class Planner:
 
     def _wish_of(self, num_tokens: int, elements: int, decode: bool, *, can_split: bool) -> Wish:
         bucket = self._buckets.bucket(num_tokens)
-        wants_gate, program, config = self._gate.wants(bucket), self.fingerprint, self._config_fingerprint
+        wants_gate, program, config = self._gate.wants(num_tokens), self.fingerprint, self._config_fingerprint
         pads = Pads.ALWAYS if self._pads else Pads.NEVER
         return Wish(num_tokens, bucket, elements * bucket, can_split, wants_gate, decode, program, config, pads=pads)
 
