@@ -28,6 +28,7 @@ FLOORS = (
     ("text", "trace", "runnable", "measure", "page", "overview"),
     ("dump",),
     ("backend",),
+    ("decorated",),
     ("explanation", "debugging", "decorator", "integrations"),
     ("demo", "subject", "example", "doctor"),
     ("bench",),
