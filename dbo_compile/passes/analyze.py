@@ -8,7 +8,7 @@ the graph.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
 from types import MappingProxyType
@@ -37,6 +37,7 @@ from dbo_compile.ir.tokens import (
 )
 from dbo_compile.passes.attend import read_beyond
 from dbo_compile.passes.causal import hides_later_tokens
+from dbo_compile.passes.connected import Connected
 from dbo_compile.passes.given import given_numbers
 from dbo_compile.rules import rule_of
 from dbo_compile.rules.registry import Rule, reads_whole
@@ -109,7 +110,7 @@ class _Walk:
         self.wholes: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.needed_whole: dict[fx.Node, str] = {}
         self.shared_numbers: set[sympy.Symbol] = set()  # read out of data that is the same for all microbatches
-        self.region = _Regions()
+        self.region = Connected()
 
     def token_map(self) -> TokenMap:
         return TokenMap(
@@ -262,25 +263,6 @@ class _Walk:
 
     def _local_inputs(self, node: fx.Node) -> list[fx.Node]:
         return [n for n in node.all_input_nodes if _is_local(self.places[n])]
-
-
-class _Regions:
-    """Sets of nodes that rows in an order of their own pass between (union-find)."""
-
-    def __init__(self) -> None:
-        self._parent: dict[fx.Node, fx.Node] = {}
-
-    def find(self, node: fx.Node) -> fx.Node:
-        root = node
-        while (parent := self._parent.get(root, root)) is not root:
-            root = parent
-        while node is not root:
-            node, self._parent[node] = self._parent[node], root
-        return root
-
-    def join(self, node: fx.Node, others: Iterable[fx.Node]) -> None:
-        for other in others:
-            self._parent[self.find(other)] = self.find(node)
 
 
 def _check_fits(rule: Rule, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
