@@ -12,17 +12,21 @@ import sympy
 import torch
 from torch import fx
 
-from dbo_compile import capture
+from dbo_compile import capture, compat, origin
 from dbo_compile import graph as g
 from dbo_compile.axes import Axis, is_given
 from dbo_compile.config import Config
 from dbo_compile.errors import NotSplit
+from dbo_compile.ir.schedule import ROWS, START
 from dbo_compile.ir.tokens import TOKENS, Given, Shared, Split, TokenMap
 from dbo_compile.passes.analyze import draws_random_numbers
 from dbo_compile.passes.given import fixed_sizes, given_numbers, number_sources, placement_of
 from dbo_compile.rules.collectives import comm_op
 from dbo_compile.runtime.given import RequestInputs
 from dbo_compile.runtime.signature import Signature, TokenInput
+
+TAKEN = frozenset((ROWS, START, "self"))
+"""Names of something else wherever an argument has one: in programs, and in the code that FX generates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,15 @@ class Traced:
         num_rows = max(2, self.hints[TOKENS] // num_parts)
         known = {symbol: hint for symbol, hint in self.hints.items() if symbol not in own}
         return known | dict.fromkeys((TOKENS, *self.symbols), num_rows)
+
+
+def name_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
+    """Call the inputs of an ATen graph by the names of the arguments of the Dynamo graph that they are. Only for people
+    to read: nothing is found by these names, and Inductor gives names of its own."""
+    inputs = g.inputs(graph)
+    for argument, i in compat.argument_positions(inputs).items():
+        name = names[argument]
+        g.rename_input(inputs[i], f"{name}_" if name in TAKEN else name)
 
 
 def as_traced(
@@ -144,9 +157,9 @@ def _why_not_padded(
         if rows and node not in traced.token_dims and not g.is_symbolic_number(node):
             return f"{node.name} has a row for each token, and only inputs that token_dims names are padded"
     for node in placed.wholes:
-        return f"{node.name} ({g.source_line(node)}) attends to all tokens, and would to padding"
+        return f"{node.name} ({origin.source_line(node)}) attends to all tokens, and would to padding"
     for node, why in placed.barriers.items():
-        return f"{node.name} ({g.source_line(node)}) sees all tokens at once: {why}"
+        return f"{node.name} ({origin.source_line(node)}) sees all tokens at once: {why}"
     for node in g.results(graph):
         if isinstance(node, fx.Node) and g.is_symbolic_number(node) and g.symbols_of(g.value(node)) & {*traced.symbols}:
             return "it returns the number of tokens"
@@ -157,7 +170,7 @@ def _why_not_padded(
         if undirected or not says_where:
             why = (f"; give pad_values for {', '.join(undirected)} that have it write where nobody reads"
                    if undirected else ", and no input of tokens says where")  # fmt: skip
-            return f"{node.name} ({g.source_line(node)}) writes a buffer of all tokens{why}"
+            return f"{node.name} ({origin.source_line(node)}) writes a buffer of all tokens{why}"
     return ""
 
 

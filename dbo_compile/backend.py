@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from dbo_compile import capture, compat
+from dbo_compile import capture, compat, origin
 from dbo_compile import graph as g
-from dbo_compile.arguments import as_traced, signature_of
+from dbo_compile.arguments import as_traced, name_inputs, signature_of
 from dbo_compile.compilation import Compilation
 from dbo_compile.config import Config
 from dbo_compile.dump import publish
@@ -125,9 +125,11 @@ def _split(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, gr
 
     static = [i for i, (node, x) in enumerate(zip(g.inputs(gm.graph), example_inputs, strict=True))
               if isinstance(x, torch.Tensor) and compat.is_static(node, x)]
+    names = capture.argument_names(gm, example_inputs)
     report = Report(captured=gm.graph)
 
     def compile_aten(aten_gm: fx.GraphModule, fake_inputs: Sequence[Any]) -> Engine:
+        name_inputs(aten_gm.graph, names)
         with agreement.busy():
             try:
                 report.compilation, report.engine = compile_graph(aten_gm, tokens, config, agreement, requests, static)
@@ -215,5 +217,5 @@ def _refuse_sizes_from_data(graph: fx.Graph) -> None:
     known = g.symbol_inputs(graph).keys() | g.data_symbols(graph).keys()
     for node in g.body(graph):
         if g.symbols_of(g.value(node)) - known:
-            where = g.source_line(node)
+            where = origin.source_line(node)
             raise NotSplit(f"the size of the result of {node.target} depends on its data ({where})")

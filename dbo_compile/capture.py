@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dbo_compile import compat
+from dbo_compile import compat, origin
 from dbo_compile import graph as g
 from dbo_compile.axes import Axis, checked_dim, dims_of_tokens, request_axes, request_dim
 from dbo_compile.errors import NotSplit
@@ -105,6 +105,19 @@ def token_tensors(
 def input_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
     """The names of the arguments that are tensors and no weights."""
     return list(dict.fromkeys(_short_name(node) for _, node, _ in _own_tensors(gm, example_inputs)))
+
+
+def argument_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
+    """What a person calls each argument: `input_ids` as in `token_dims`, `layers_0_mlp_gate_weight` of what the model
+    owns, `s77` of the number that Dynamo has made this symbol."""
+    return [_full_name(node, x) for node, x in zip(g.inputs(gm.graph), example_inputs, strict=True)]
+
+
+def _full_name(placeholder: fx.Node, x: Any) -> str:
+    if not isinstance(x, torch.Tensor):
+        return placeholder.name
+    path = origin.path_of(compat.source_name(placeholder)) if compat.is_parameter(placeholder, x) else ""
+    return path.removeprefix("model.").replace(".", "_") or _short_name(placeholder)
 
 
 def _own_tensors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[tuple[int, fx.Node, torch.Tensor]]:

@@ -1,10 +1,9 @@
-"""The few questions we ask of an FX graph, answered with precise types. Only this file meets fx.Argument and meta."""
+"""The few questions we ask of an FX graph, answered with precise types. Only this file meets fx.Argument and, with
+`origin`, meta."""
 
 from __future__ import annotations
 
 import operator
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
@@ -19,6 +18,22 @@ WAIT = torch.ops._c10d_functional.wait_tensor.default
 
 def inputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
     return tuple(n for n in graph.nodes if n.op == "placeholder")
+
+
+def add_input(graph: fx.Graph, name: str) -> fx.Node:
+    """A new input, called `name` if nothing else is: FX sees to that for nodes, but not for the arguments they are."""
+    node = graph.placeholder(name)
+    node.target = node.name
+    return node
+
+
+def rename_input(node: fx.Node, name: str) -> None:
+    """Call an input `name`, if nothing else is."""
+    with node.graph.inserting_before(node):
+        named = add_input(node.graph, name)
+    named.meta = node.meta
+    node.replace_all_uses_with(named)
+    node.graph.erase_node(node)
 
 
 def results(graph: fx.Graph) -> tuple[Any, ...]:
@@ -252,39 +267,3 @@ def _aliased_args(target: Any) -> dict[int | str, Any]:
     schema = getattr(target, "_schema", None)
     args = enumerate(schema.arguments) if schema is not None else ()
     return {key: a.alias_info for i, a in args if a.alias_info is not None for key in (i, a.name)}
-
-
-def module_source(node: fx.Node) -> str:
-    """The module that `node` comes from as Dynamo calls it, e.g. `L['self'].model.layers.0.mlp`; "" for none."""
-    stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]) if stack else ""
-
-
-def restate(node: fx.Node, val: Any, source: str, target: str) -> None:
-    """Say of a copy of a node from the module `source`, or from one inside of it, that it is from `target`, with `val`
-    as its fake value."""
-    node.meta["val"] = val
-    stack = node.meta.get("nn_module_stack")
-    if stack and source:
-        moved = {key: (str(path).replace(source, target, 1), kind) for key, (path, kind) in stack.items()}
-        node.meta["nn_module_stack"] = moved
-
-
-def module_path(node: fx.Node) -> str:
-    """The path of the module that `node` comes from, e.g. `model.layers.0.mlp`; "" for none."""
-    path = module_source(node)
-    inside = re.sub(r"^L\['\w+'\]\.?", "", path)  # what Dynamo calls the model depends on how it was called
-    return re.sub(r"\.?_modules\['(\w+)'\]|\['?(\w+)'?\]", r".\1\2", inside).strip(".")
-
-
-def source_line(node: fx.Node) -> str:
-    """The user's line that `node` comes from: `file.py:12, code`; "" for none."""
-    trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    frames = [i for i, line in enumerate(trace) if line.startswith("File ")]
-    if not frames:
-        return ""
-    own = [i for i in frames if f"{os.sep}torch{os.sep}" not in trace[i]]  # `F.pad` is no line of the user's
-    at = (own or frames)[-1]
-    file, line = trace[at].removeprefix("File ").split(", ")[:2]
-    code = trace[at + 1] if at + 1 < len(trace) else ""
-    return f"{file.strip(chr(34))}:{line.removeprefix('line ')}, {code}"

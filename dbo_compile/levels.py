@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from dbo_compile import graph as g
+from dbo_compile import origin
 from dbo_compile.ir.program import Program, Run
 from dbo_compile.ir.schedule import Schedule
 from dbo_compile.ir.tokens import TokenMap
@@ -64,7 +64,7 @@ class Levels:
     @property
     def paths(self) -> dict[str, str]:
         """The module that most ops of each segment come from, by segment; "" for none."""
-        counts = {name: Counter(map(g.module_path, group.nodes)) for name, group in self.outline.groups.items()}
+        counts = {name: Counter(map(origin.module_path, group.nodes)) for name, group in self.outline.groups.items()}
         return {name: next((path for path, _ in count.most_common() if path), "") for name, count in counts.items()}
 
     @property

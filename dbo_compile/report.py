@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from dbo_compile import graph as g
+from dbo_compile import origin
 from dbo_compile.compilation import Compilation
 from dbo_compile.ir.schedule import Lane
 from dbo_compile.levels import Levels
@@ -156,7 +156,7 @@ def _cuts(cuts: CutSteps) -> dict[str, Any]:
 
 
 def _with_lines(why: Mapping[fx.Node, str]) -> dict[str, str]:
-    return {f"{n.name} ({line})" if (line := g.source_line(n)) else n.name: reason for n, reason in why.items()}
+    return {f"{n.name} ({line})" if (line := origin.source_line(n)) else n.name: reason for n, reason in why.items()}
 
 
 def times(timeline: Timeline) -> dict[str, float | None]:

@@ -6,7 +6,7 @@ import operator
 
 from torch import fx
 
-from dbo_compile import graph as g
+from dbo_compile import origin
 from dbo_compile.ir.tokens import Placement
 from dbo_compile.levels import Levels
 
@@ -58,4 +58,4 @@ def _remarks(levels: Levels, node: fx.Node) -> str:
         remarks.append(f"assumes that {levels.tokens.obligations[node]}")
     if not remarks:
         return ""
-    return "  # " + "; ".join([*remarks, *([g.source_line(node)] if g.source_line(node) else [])])
+    return "  # " + "; ".join([*remarks, *([origin.source_line(node)] if origin.source_line(node) else [])])

@@ -93,6 +93,39 @@ def test_inputs_of_the_same_name_are_told_apart():
 # -- token dims --
 
 
+def test_arguments_are_called_as_the_user_calls_them():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(5, 5, dtype=torch.float64)])
+            self.register_buffer("bias", values(5))
+
+        def forward(self, x, *more, **named):
+            return self.layers[0](x) * more[0] + named["offset"] + self.bias
+
+    model = Scaled()
+    compiled = torch.compile(model, backend="dbo", options=ALWAYS, fullgraph=True)
+    with torch.no_grad():
+        compiled(values(6, 5), values(6, 5), offset=values(6, 5))
+    inputs = reports()[-1].levels.outline.inputs
+    owned = {"layers_0_weight", "layers_0_bias", "bias"}
+    assert {*inputs} - owned == {"x", "more", "offset", *(n for n in inputs if n[0] == "s" and n[1:].isdigit())}
+    assert owned < {*inputs}
+    assert any("x#0" in str(i) for i in reports()[-1].levels.program.instrs)
+
+
+@pytest.mark.parametrize("options", [ALWAYS, INDUCTOR], ids=["eager", "inductor"])
+def test_no_name_of_an_argument_is_taken_for_one_of_ours(options):
+    def fn(self, rows, start, lanes, x, x_0, add, buf0, torch_):
+        numbered = rows + torch.arange(rows.shape[0]).unsqueeze(1)  # reads the number of rows, and those before
+        return (self + numbered * start - lanes).cumsum(1), x * x_0 + add - buf0 / torch_.sum(0)
+
+    def call(n):
+        return lambda: tuple(values(n, 5, seed=i) for i in range(9))
+
+    assert calls_of(check(fn, call(8), call(5), options=options)) == [(2, 2)]
+
+
 def test_parameters_and_buffers_are_never_taken_for_tokens():
     class Table(nn.Module):
         def __init__(self):

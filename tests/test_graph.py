@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._sympy.functions import CeilToInt, FloorToInt, IntTrueDiv, TruncToInt
 
-from dbo_compile import compat, reports
+from dbo_compile import compat, origin, reports
 from dbo_compile import graph as g
 from dbo_compile.ir.tokens import TOKENS
 
@@ -166,21 +166,21 @@ def test_rows_lie_together_in_the_outermost_dim():
 def test_the_path_of_a_module_does_not_depend_on_how_it_was_called():
     graph = fx.Graph()
     node = graph.placeholder("x")
-    assert g.module_path(node) == ""
+    assert origin.module_path(node) == ""
     for path in ("L['self'].layers.0.mlp", "L['fn']._modules['layers']._modules['0']._modules['mlp']", "layers[0].mlp"):
         node.meta["nn_module_stack"] = {"a": ("L['self']", object), "b": (path, object)}
-        assert g.module_path(node) == "layers.0.mlp", path
+        assert origin.module_path(node) == "layers.0.mlp", path
 
 
 def test_the_line_of_an_op_is_the_users_and_not_that_of_torch():
     graph = fx.Graph()
     node = graph.placeholder("x")
-    assert g.source_line(node) == ""
+    assert origin.source_line(node) == ""
     node.meta["stack_trace"] = (
         '  File "/home/me/model.py", line 12, in forward\n    x = F.pad(x, (0, 1))\n'
         '  File "/env/torch/nn/functional.py", line 5, in pad\n    return torch._C._nn.pad(x)\n'
     )
-    assert g.source_line(node) == "/home/me/model.py:12, x = F.pad(x, (0, 1))"
+    assert origin.source_line(node) == "/home/me/model.py:12, x = F.pad(x, (0, 1))"
 
 
 def test_an_op_on_the_host_is_told_from_a_copy_to_it():

@@ -19,7 +19,7 @@ FLOORS = (
     ("config",),
     ("ir",),
     ("compat",),
-    ("rules", "graph"),
+    ("rules", "graph", "origin"),
     ("passes", "runtime"),
     ("capture", "levels"),
     ("arguments",),
@@ -39,7 +39,8 @@ FLOORS = (
 """From the ground up. A room may import itself and the floors below, never a neighbour."""
 
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-RUNTIME_NEVER_IMPORTS = ("passes", "rules", "graph")
+RUNTIME_NEVER_IMPORTS = ("passes", "rules", "graph", "origin")
+READS_METADATA = ("graph.py", "origin.py")
 WITHOUT_FX = ("ir", "runtime")
 KNOWS_FX_ALL_THE_SAME = ("ir/tokens.py",)
 MAKES_NODES = ("passes/emit.py", "passes/code.py", "passes/layout.py", "passes/attend.py")
@@ -122,7 +123,7 @@ def fx_names(source: Source) -> Iterator[tuple[ast.AST, str]]:
 
 
 def metadata(source: Source) -> Iterator[tuple[ast.AST, str]]:
-    if source.path == "graph.py" or source.room == "compat":  # what keys Dynamo and AOTAutograd use is private to them
+    if source.path in READS_METADATA or source.room == "compat":  # PyTorch's keys are private to it
         return
     for node in source.nodes:
         if isinstance(node, ast.Attribute) and node.attr == "meta":

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from dbo_compile import graph as g
+from dbo_compile import origin
 
 EXCHANGES = (
     'exchange tokens with "dbo_static" or "dbo_device" of dbo_compile.integrations, which leave nothing to the host'
@@ -26,5 +27,5 @@ def why_not_captured(graph: fx.Graph) -> str:
 
 
 def _named(node: fx.Node) -> str:
-    line = g.source_line(node)
+    line = origin.source_line(node)
     return f"{node.target} ({line})" if line else str(node.target)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dbo_compile import graph as g
 from dbo_compile.ir.memory import bases
 from dbo_compile.ir.program import Begin, End, Free, Instr, Join, Program, Record, Reg, Rows, Run, Slice, Wait, lane_of
 from dbo_compile.ir.schedule import Lane, Step
@@ -41,7 +42,7 @@ class _Emitter:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.graph = fx.Graph()
-        self.lanes = self.graph.placeholder("lanes")
+        self.lanes = g.add_input(self.graph, "lanes")
         self.lane = Lane.COMPUTE
         self.regs: dict[Reg, fx.Node] = {}
         self.live: dict[Reg, None] = {}
@@ -52,7 +53,7 @@ class _Emitter:
         match instr:
             case Begin():
                 for reg in instr.regs:
-                    self._set(reg, self.graph.placeholder(_name(reg)))
+                    self._set(reg, g.add_input(self.graph, _name(reg)))
             case Rows():
                 self._set_all(instr.outs, self._call("rows", instr.microbatch))
             case Slice() | Join() | Run():

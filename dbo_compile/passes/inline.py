@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from dbo_compile import compat
+from dbo_compile import compat, origin
 from dbo_compile import graph as g
 from dbo_compile.errors import NotSplit
 
@@ -65,13 +65,13 @@ def _call(node: fx.Node) -> _Call:
         args.append(kwargs[name] if name in kwargs else bases[kwargs[f"_{name}_base_index"]])
     parts = [key for key in kwargs if key.startswith("_arg") and not key.endswith("_base_index")]
     if parts or any(args.count(base) != 1 for base in bases):
-        raise NotSplit(f"a nested compile region writes a part of its argument in place ({g.source_line(node)})")
+        raise NotSplit(f"a nested compile region writes a part of its argument in place ({origin.source_line(node)})")
     return _Call(node, kwargs["subgraph"], args, [position[i] for i in range(len(bases))])
 
 
 def _inline(gm: fx.GraphModule, call: _Call, homes: dict[str, str]) -> None:
     """`homes` has the module that each region was traced in, by the name of the region."""
-    name, here = str(call.module.target), g.module_source(call.node)
+    name, here = str(call.module.target), origin.module_source(call.node)
     home, region = homes.setdefault(name, here), getattr(gm, name)
     inputs, nodes = g.inputs(region.graph), list(g.body(region.graph))
     numbers = compat.OtherNumbers(_symbols(nodes) - _symbols(inputs))
@@ -82,7 +82,7 @@ def _inline(gm: fx.GraphModule, call: _Call, homes: dict[str, str]) -> None:
                 new[cast("fx.Node", node.args[0])] = new[cast("fx.Node", node.args[1])]
                 continue
             new[node] = copied = gm.graph.node_copy(node, new.__getitem__)
-            g.restate(copied, numbers.value(g.value(node)), home, here)
+            origin.restate(copied, numbers.value(g.value(node)), home, here)
             if node.op == "get_attr":
                 copied.target = f"{name}_{node.target}"
                 setattr(gm, copied.target, getattr(region, str(node.target)))

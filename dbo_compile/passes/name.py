@@ -9,7 +9,7 @@ from keyword import kwlist
 
 from torch import fx, nn
 
-from dbo_compile import graph as g
+from dbo_compile import origin
 from dbo_compile.passes.cut import Group, Kind
 from dbo_compile.rules.collectives import comm_op
 
@@ -35,7 +35,7 @@ def names_of(groups: Sequence[Group]) -> list[str]:
 
 
 def _name(group: Group) -> str:
-    path = _common_path([p for n in group.nodes if (p := g.module_path(n))])
+    path = _common_path([p for n in group.nodes if (p := origin.module_path(n))])
     match group.mode.kind:
         case Kind.COMM:
             op = next(str(n.target) for n in group.nodes if comm_op(n.target))

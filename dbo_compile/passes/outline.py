@@ -107,12 +107,12 @@ class _CodeWriter:
 
     def graph(self) -> fx.Graph:
         graph = fx.Graph()
-        lanes = graph.placeholder("lanes") if self.group.mode.kind is Kind.COMM else None
+        lanes = g.add_input(graph, "lanes") if self.group.mode.kind is Kind.COMM else None
         copier = Copier(graph, self.tokens, self.numbers, lanes)
         for symbol in self.symbols:
-            copier.number[symbol] = graph.placeholder(self.numbers.value_of[symbol])
+            copier.number[symbol] = g.add_input(graph, self.numbers.value_of[symbol])
         for node in self.tensors:
-            copier.new[node] = graph.placeholder(node.name)
+            copier.new[node] = g.add_input(graph, node.name)
         for node in self.nodes:
             copier.copy(node)
         graph.output(tuple(copier.result(n) for n in self.results))
