@@ -1,6 +1,6 @@
 # Each target works as the only command on a fresh clone: the first one makes .venv and installs the project into it.
 #   make test PYTEST_ARGS="-k schedule"     passes arguments on to pytest
-#   make test JOBS=8                        runs as many test files at a time
+#   make test JOBS=8                        runs as many tests at a time
 #   make test TORCH_INDEX=URL               takes PyTorch from this package index
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -34,7 +34,7 @@ serve-demo: $(STAMP)
 	@$(BIN)/python examples/serve.py
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu" --durations=10 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu" --durations=10 $(PYTEST_ARGS)
 
 # Some 100 minutes on two cores; writes soundness.md and architectures.md in docs/results.
 # SOUNDNESS_SEED=N repeats the random part of another run.

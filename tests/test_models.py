@@ -43,10 +43,10 @@ def test_prefill_equals_eager_in_every_size_from_one_compilation(name):
     assert the_report().barriers == {}
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "mixtral"])
-def test_prefill_through_inductor_equals_eager(name):
-    reference = tiny_model(name, experts="eager", dtype=torch.float32)
-    model = tiny_model(name, experts="grouped_mm", dtype=torch.float32)
+def test_prefill_through_inductor_equals_eager():
+    """Of one model: Inductor gets segments, whatever they come from. Qwen3-MoE goes through it in `test_ranks`."""
+    reference = tiny_model("deepseek_v3", experts="eager", dtype=torch.float32)
+    model = tiny_model("deepseek_v3", experts="grouped_mm", dtype=torch.float32)
     compiled = torch.compile(model, backend="dbo", options={"split": "always"}, fullgraph=True)
     with torch.no_grad():
         for batch in (5, 4, 8):

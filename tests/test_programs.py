@@ -48,7 +48,7 @@ def levels(group):
 
 @pytest.fixture(scope="module")
 def deep(group):
-    return levels_of(6)
+    return levels_of(5)
 
 
 @pytest.mark.parametrize("implementation", ["dbo", "dbo_static"])

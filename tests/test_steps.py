@@ -22,7 +22,7 @@ from tests.ranks import Ranks
 
 pytestmark = pytest.mark.ranks
 TOLERANCE = 1e-12  # float64, inner="eager"
-NUM_STEPS = int(os.environ.get("RANK_STEPS", "60"))
+NUM_STEPS = int(os.environ.get("RANK_STEPS", "30"))
 """`RANK_STEPS=500` has the many that a change of the engine must pass."""
 
 
@@ -77,7 +77,7 @@ def ranks():
 
 
 @pytest.mark.parametrize(
-    ("members", "implementation", "num_steps"), [(2, "dbo", NUM_STEPS), (4, "dbo", NUM_STEPS), (2, "dbo_static", 40)]
+    ("members", "implementation", "num_steps"), [(2, "dbo", NUM_STEPS), (4, "dbo", NUM_STEPS), (2, "dbo_static", 20)]
 )
 def test_every_step_gives_what_one_process_does(ranks, members, implementation, num_steps):
     answers = ranks.run(many_steps, num_steps, members, implementation, 5, timeout=600.0)[:members]

@@ -21,7 +21,7 @@ from tests.soundness.calls import SAMPLE_ERRORS, UNCHECKED, all_ops, samples
 
 FULL = "SOUNDNESS_OP_DB" in os.environ
 ALWAYS = {"split": "always", "inner": "eager"}
-FAST_STEP, MOST_SAMPLES = 20, 4
+FAST_STEP, MOST_SAMPLES = 32, 4
 UNSET = ("empty", "resize")
 """Ops whose results are whatever the memory holds."""
 SINGLE = (torch.float32, torch.complex64)

@@ -23,7 +23,7 @@ from tests.soundness.mutations import accepted
 from tests.soundness.programs import arguments, constants, functions
 
 LONG = "SOUNDNESS_EXAMPLES" in os.environ
-NUM_EXAMPLES = int(os.environ.get("SOUNDNESS_EXAMPLES", "20"))
+NUM_EXAMPLES = int(os.environ.get("SOUNDNESS_EXAMPLES", "12"))
 SEED = int(os.environ.get("SOUNDNESS_SEED", randrange(2**32) if LONG else 0))
 TOKEN_DIMS = {"v0": 0, "v1": 0, "v2": 0, "buf": 0}
 
