@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 
 import dbo_compile
-from dbo_compile import load_decisions, reports, save_decisions
+from dbo_compile import load_decisions, log, reports, save_decisions
 from dbo_compile.errors import DboError
 from dbo_compile.integrations.transformers import expert_parallel
 from dbo_compile.report import new_reports
@@ -141,6 +141,28 @@ def test_ranks_that_differ_and_must_not_are_told_alike_and_go_on(two, first, ent
         r"Disagreement: ranks bring 7, 18 tokens, which have to be padded to one number, and cannot be: mean .* sees "
         r"all tokens at once: .*\. Leave out pad_to and give all ranks as many tokens, or take that op out", errors[-2],
     )  # fmt: skip
+
+
+def mixed(x):
+    return x - x.mean(0)
+
+
+def warned_steps(steps):
+    """What `mixed`, which is not split for want of communication, gives in each step, and what was warned of."""
+    torch._dynamo.reset()
+    warnings = []
+    run = dbo_compile.dbo(mixed, token_dims={"x": 0}, inner="eager")
+    made = [torch.full((sizes[dist.get_rank()], 2), 4.0) for sizes in steps]
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log.logger, "warning", lambda message, *args: warnings.append(message % args))
+        return [run(x).tolist() == mixed(x).tolist() for x in made], warnings
+
+
+def test_padding_that_nobody_knows_the_effect_of_is_warned_of_once_and_left_out_where_it_can_be(two):
+    for right, warnings in two.run(warned_steps, [(9, 9), (9, 6), (6, 9), (8, 8)], timeout=200.0):
+        assert (right[0], right[3]) == (True, True)
+        assert sum("nobody knows what padding changes" in warning for warning in warnings) == 1
+        assert any(warning.startswith("ranks bring 9, 6 tokens and are padded to 9") for warning in warnings)
 
 
 def test_a_rank_with_too_few_tokens_to_play_them_unpadded_is_an_error_on_every_rank(two):

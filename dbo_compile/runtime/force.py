@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dbo_compile.errors import Unpaddable
+from dbo_compile.log import warn_once
 from dbo_compile.runtime.plan import BatchPlan, Pads, has_to_be_padded
 from dbo_compile.runtime.signature import Signature
 
@@ -53,13 +54,18 @@ class InForce:
             if self.pads:
                 raise Unpaddable(signature.unpaddable)
 
-    def meet_unknown(self) -> None:
-        """Hear that the next graph is not split, so that nobody has looked at it; raises `Unpaddable` if padding could
-        have been left out."""
+    def meet_unknown(self, why: str) -> None:
+        """Hear that the next graph is not split for the reason `why`, so that nobody has looked at it; raises
+        `Unpaddable` if padding could have been left out, and warns if what ranks exchange may need it."""
         if self.can_pad:
             self.can_pad = None
         if self.pads and self.plan.is_even:
             raise Unpaddable("a graph is not split, and nobody knows what padding would change there")
+        if self.pads:
+            sizes = ", ".join(map(str, self.plan.num_tokens))
+            warn_once(why, "ranks bring %s tokens and are padded to %d, but a graph is not split (%s), so nobody knows "
+                      "what padding changes there; if it mixes tokens, give all ranks as many",
+                      sizes, self.num_rows, why)  # fmt: skip
         self.num_played += 1
 
     def note(self, signature: Signature, args: Sequence[Any], results: Sequence[Any]) -> None:
@@ -119,12 +125,12 @@ def in_force(step: InForce) -> Generator[None]:
         _step.reset(token)
 
 
-def unknown(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A graph that is not split, which says so to the step that it is part of."""
+def unknown(fn: Callable[..., Any], why: str) -> Callable[..., Any]:
+    """A graph that is not split for the reason `why`, which says so to the step that it is part of."""
 
     def play(*args: Any) -> Any:
         if (step := _step.get()) is not None:
-            step.meet_unknown()
+            step.meet_unknown(why)
         return fn(*args)
 
     return play
