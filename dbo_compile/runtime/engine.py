@@ -117,8 +117,7 @@ class Engine:
         if plan.has_news:
             self.ways.settle()
         if not call.is_even:
-            pairs = zip(self.signature.token_inputs, call.sizes, strict=False)
-            listed = ", ".join(f"{t.name}: {size}" for t, size in pairs)
+            listed = self.signature.listed(call.sizes)
             self._declined(f"its inputs differ in their number of tokens ({listed}); see token_dims")
             return self.ways.whole.eager(*call.args)
         turn = self.planner.turn(plan, call)

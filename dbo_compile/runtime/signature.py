@@ -51,6 +51,12 @@ class Signature:
         """The number of tokens, as each token input has it, and then each number that counts them."""
         return [*(args[t.index].shape[t.dim] for t in self.token_inputs), *(args[i] for i in self.token_numbers)]
 
+    def listed(self, sizes: Sequence[int]) -> str:
+        """What `sizes` found, for people: each token input, and the numbers that are not those of one of these."""
+        own = [f"{t.name}: {size}" for t, size in zip(self.token_inputs, sizes, strict=False)]
+        others = dict.fromkeys(size for size in sizes[len(own) :] if size not in sizes[: len(own)])
+        return ", ".join([*own, *(f"a size of another input: {size}" for size in others)])
+
     def others(self, args: Sequence[Any]) -> tuple[int, ...]:
         """The values of the symbols that do not count tokens."""
         return tuple(args[i] for i in (self.symbol_inputs or {}).values())

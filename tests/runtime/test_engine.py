@@ -185,6 +185,12 @@ def test_inputs_that_differ_in_their_tokens_are_played_as_traced_whatever_their_
     }
 
 
+def test_a_size_that_differs_is_listed_though_no_token_input_has_it():
+    signature = Signature((TokenInput(0, 0, "x"), TokenInput(1, 0, "y")), token_numbers=(2, 3))
+    assert signature.listed([9, 9, 9, 7]) == "x: 9, y: 9, a size of another input: 7"
+    assert signature.listed([9, 7, 9, 7]) == "x: 9, y: 7"
+
+
 def test_a_size_that_no_code_was_compiled_for_is_played_as_traced():
     found = engine(sympy.Le(TOKENS, 10))
     assert found(torch.ones(19, 2)) == ((10, 9),)
