@@ -102,7 +102,7 @@ def _not_split(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config
     """What the user would have without us."""
     logger.info("a graph is not split: %s", why)
     fn = compat.whole_graph_inductor(gm, example_inputs) if config.inner == "inductor" else gm.forward
-    return unknown(fn, why), Report(why=why, captured=gm.graph)
+    return unknown(fn, why, communicates=capture.has_communication(gm)), Report(why=why, captured=gm.graph)
 
 
 def _agreement(groups: Sequence[str], config: Config, device: torch.device = CPU) -> Agreement:

@@ -157,6 +157,9 @@ class Steps:
         except Unpaddable as why:
             self._known.learn(step)
             self._known.check_unpadded(step, str(why))
+        except Disagreement:
+            self._known.same_size |= step.same_size  # what is new to this model: the next step is padded for it
+            raise
         return self._played(InForce(plan, is_first=is_first, num_tokens=num_tokens, pads=False), inputs)
 
     def _played(self, step: InForce, inputs: dict[str, Any]) -> Any:

@@ -143,26 +143,72 @@ def test_ranks_that_differ_and_must_not_are_told_alike_and_go_on(two, first, ent
     )  # fmt: skip
 
 
-def mixed(x):
-    return x - x.mean(0)
-
-
-def warned_steps(steps):
-    """What `mixed`, which is not split for want of communication, gives in each step, and what was warned of."""
+def warned_steps(steps, fn, want, split):
+    """Whether a graph that is not split gives in each step what `want` does, and what was warned of."""
     torch._dynamo.reset()
     warnings = []
-    run = dbo_compile.dbo(mixed, token_dims={"x": 0}, inner="eager")
+    run = dbo_compile.dbo(fn, token_dims={"x": 0}, inner="eager", split=split)
     made = [torch.full((sizes[dist.get_rank()], 2), 4.0) for sizes in steps]
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(log.logger, "warning", lambda message, *args: warnings.append(message % args))
-        return [run(x).tolist() == mixed(x).tolist() for x in made], warnings
+        return [run(x).tolist() == want(x).tolist() for x in made], warnings
 
 
-def test_padding_that_nobody_knows_the_effect_of_is_warned_of_once_and_left_out_where_it_can_be(two):
-    for right, warnings in two.run(warned_steps, [(9, 9), (9, 6), (6, 9), (8, 8)], timeout=200.0):
-        assert (right[0], right[3]) == (True, True)
-        assert sum("nobody knows what padding changes" in warning for warning in warnings) == 1
-        assert any(warning.startswith("ranks bring 9, 6 tokens and are padded to 9") for warning in warnings)
+def mixed(x):
+    """No communication, so it is not split; padding would be seen."""
+    return x - x.mean(0)
+
+
+def test_padding_that_nobody_knows_the_effect_of_and_nobody_needs_is_left_out(two):
+    for right, warnings in two.run(warned_steps, [(9, 9), (9, 6), (6, 9), (8, 8)], mixed, mixed, "auto", timeout=200.0):
+        assert right == [True] * 4
+        assert warnings == []
+
+
+def test_a_first_step_that_was_padded_in_vain_is_warned_of_and_the_next_one_is_not_padded(two):
+    (right, warnings), _ = two.run(warned_steps, [(9, 6), (6, 9), (8, 8)], mixed, mixed, "auto", timeout=200.0)
+    assert right == [True] * 3  # this rank's own first step had no padding
+    (warning,) = warnings
+    assert warning.startswith("ranks bring 9, 6 tokens and are padded to 9, but a graph is not split (it has no comm")
+
+
+def largest(x):
+    """What is exchanged is as long as the step, of rows that are alike."""
+    return funcol.all_reduce(x, "max", dist.group.WORLD) * 2
+
+
+def doubled(x):
+    return x * 2
+
+
+def test_ranks_that_may_need_one_size_are_padded_with_a_warning_though_nobody_knows_its_effect(two):
+    for right, warnings in two.run(warned_steps, [(9, 9), (9, 6), (9, 6)], largest, doubled, "never", timeout=200.0):
+        assert right == [True] * 3
+        (warning,) = warnings
+        assert warning.startswith('ranks bring 9, 6 tokens and are padded to 9, but a graph is not split (split="ne')
+
+
+def sometimes(x, talks):
+    return doubled(x) if not talks else largest(x)
+
+
+def steps_that_begin_to_talk(steps):
+    torch._dynamo.reset()
+    run, found = dbo_compile.dbo(sometimes, token_dims={"x": 0}, inner="eager"), []
+    with torch.no_grad():
+        for *sizes, talks in steps:
+            x = torch.full((sizes[dist.get_rank()], 2), 4.0)
+            try:
+                found.append(run(x, talks).tolist() == doubled(x).tolist())
+            except DboError as error:
+                found.append(type(error).__name__)
+    return found
+
+
+def test_a_graph_that_needs_one_size_and_comes_late_is_padded_for_from_the_next_step_on(two):
+    steps = [(9, 9, False), (9, 6, True), (6, 9, True), (7, 3, False)]
+    for found in two.run(steps_that_begin_to_talk, steps, timeout=200.0):
+        assert found == [True, "Disagreement", True, True]
 
 
 def test_a_rank_with_too_few_tokens_to_play_them_unpadded_is_an_error_on_every_rank(two):

@@ -113,7 +113,7 @@ class Engine:
     # -- one call -----------------------------------------------------------------------------------------------------
 
     def _call(self, plan: BatchPlan, call: Call) -> Any:
-        self.ways.captures = not plan.followers
+        self.ways.captures = self._is_alike(plan, call)
         if plan.has_news:
             self.ways.settle()
         if not call.is_even:
@@ -128,6 +128,12 @@ class Engine:
             call.force.note(self.signature, args, results)
         self.signature.write_back(call.args, args)
         return self.signature.unpadded(results, turn.num_rows, call.sizes[0])
+
+    def _is_alike(self, plan: BatchPlan, call: Call) -> bool:
+        """Whether the ranks that communicate here play the same, and so may replay graphs of it."""
+        is_padded = call.force.pads if call.force else plan.pads
+        is_alone = not self.ways.programs.comm_codes
+        return not plan.followers and (plan.is_even or is_padded or is_alone)
 
     def _play(self, turn: Turn, call: Call, args: Sequence[Any]) -> Sequence[Any]:
         ways = self.ways.fitting(turn.cut.rows, turn.num_rows, args)

@@ -27,7 +27,7 @@ class InForce:
     of this rank; with `pads`, inputs have the rows of the plan. `results` has each result with its token dim (None: it
     has none), by identity; `written` where the inputs lie that were written in place; `engines` the fingerprint of each
     graph that was split. `can_pad` says whether all graphs can be padded (None: nobody knows), `same_size` whether one
-    of them needs as many rows on all ranks.
+    of them needs as many rows on all ranks, `may_need_it` whether one might that nobody has looked at.
     """
 
     plan: BatchPlan
@@ -39,6 +39,7 @@ class InForce:
     engines: list[str] = field(default_factory=list)
     can_pad: bool | None = True
     same_size: bool = False
+    may_need_it: bool = False
     num_played: int = 0
 
     @property
@@ -54,9 +55,10 @@ class InForce:
             if self.pads:
                 raise Unpaddable(signature.unpaddable)
 
-    def meet_unknown(self, why: str) -> None:
+    def meet_unknown(self, why: str, *, communicates: bool) -> None:
         """Hear that the next graph is not split for the reason `why`, so that nobody has looked at it; raises
-        `Unpaddable` if padding could have been left out, and warns if what ranks exchange may need it."""
+        `Unpaddable` if padding could have been left out, and warns if it could not be."""
+        self.may_need_it |= communicates
         if self.can_pad:
             self.can_pad = None
         if self.pads and self.plan.is_even:
@@ -79,23 +81,30 @@ class InForce:
 @dataclass(slots=True)
 class Known:
     """What the graphs of a model have told so far: whether they can be padded (None: nobody knows), and whether one of
-    them needs as many rows on all ranks. One that cannot be padded is not forgotten: it may come again."""
+    them needs as many rows on all ranks, or may. One that cannot be padded is not forgotten: it may come again."""
 
     can_pad: bool | None = None
     same_size: bool = False
+    may_need_it: bool = False
 
     @property
     def pads(self) -> Pads:
-        """Without knowing, only what ranks need is padded: they share a graph if their sizes are the same."""
+        """Without knowing, what ranks may need is padded: they share a graph if their sizes are the same."""
         if self.can_pad:
             return Pads.ALWAYS
         return Pads.NEVER if self.can_pad is False and not self.same_size else Pads.UNEVEN
 
     def learn(self, step: InForce) -> None:
-        """Keep what the graphs of a step have told; those of a single token are others than those of more."""
+        """Keep what the graphs of a step have told; those of a single token are others than those of more.
+
+        What nobody knows is left out if nobody needs it: no graph that may mind padding exchanges anything.
+        """
+        self.same_size |= step.same_size
+        self.may_need_it |= step.may_need_it
         if step.num_rows >= LEAST_ROWS and self.can_pad is not False:
             self.can_pad = step.can_pad if step.engines else None
-        self.same_size |= step.same_size
+            if self.can_pad is None and step.num_played and not (self.same_size or self.may_need_it):
+                self.can_pad = False
 
     def check_unpadded(self, step: InForce, why: str) -> None:
         """Raise if a step that was padded, and for the reason `why` must not be, cannot be played without padding."""
@@ -125,12 +134,12 @@ def in_force(step: InForce) -> Generator[None]:
         _step.reset(token)
 
 
-def unknown(fn: Callable[..., Any], why: str) -> Callable[..., Any]:
+def unknown(fn: Callable[..., Any], why: str, *, communicates: bool) -> Callable[..., Any]:
     """A graph that is not split for the reason `why`, which says so to the step that it is part of."""
 
     def play(*args: Any) -> Any:
         if (step := _step.get()) is not None:
-            step.meet_unknown(why)
+            step.meet_unknown(why, communicates=communicates)
         return fn(*args)
 
     return play

@@ -61,7 +61,7 @@ def played(
 
 class Ways:
     """Plays a graph in one of the ways that its size allows; `player` plays emitted programs, captured ones if
-    `captures`: not where another rank plays the whole graph as it is."""
+    `captures`: not where ranks that communicate play other sizes than each other, or one the whole graph as it is."""
 
     def __init__(self, programs: Programs, whole: Whole, signature: Signature, agreement: Agreement) -> None:
         self.programs = programs

@@ -31,13 +31,14 @@ LENGTH = sympy.Symbol("s7", integer=True, positive=True)
 
 def engine(
     *guards, n=2, inputs=("x",), symbols=None, modules=None, whole=lambda *_: ("whole",), signature=None,
-    agreement=None, **options,
+    agreement=None, comm_codes=(), **options,
 ):
     """An engine whose programs tell the rows they were played with; `whole` says so."""
     config = Config(**({"num_microbatches": n, "inner": "eager", "split": "always", "gate": "never"} | options))
     token_inputs = tuple(TokenInput(i, 0, name) for i, name in enumerate(inputs))
+    modules = modules or {m: told for m in (1, n)}
     return Engine(
-        Programs(modules or {m: told for m in (1, n)}, Guards(guards, list(symbols or {})), "5" * 16),
+        Programs(modules, Guards(guards, list(symbols or {})), "5" * 16, comm_codes=comm_codes),
         Whole(whole),
         Signature(token_inputs, symbol_inputs=symbols or {}, output_dims=(None,), **(signature or {})),
         agreement or Agreement(None, timeout_s=1.0),
@@ -257,6 +258,24 @@ def test_beside_a_rank_whose_graph_is_not_split_nothing_is_replayed():
     found.agreement.also = {}
     assert found(x) == ((5, 4),)
     assert graphs.log == ["capture", "replay", "replay", "replay"]
+
+
+def test_ranks_that_communicate_in_other_sizes_than_each_other_replay_nothing():
+    found, graphs = capturing_engine(comm_codes=("exchange",))
+    x = torch.ones(9, 2)
+    with in_force(uneven(pads=False)):
+        assert [found(x) for _ in range(3)] == [((5, 4),)] * 3
+    assert graphs.log == []
+    with in_force(uneven(pads=True)):
+        assert [found(torch.ones(16, 2)) for _ in range(3)] == [((8, 8),)] * 3
+    assert graphs.log == ["capture", "replay", "replay"]
+
+
+def test_ranks_that_do_not_communicate_replay_graphs_of_their_own_sizes():
+    found, graphs = capturing_engine()
+    with in_force(uneven(pads=False)):
+        assert [found(torch.ones(9, 2)) for _ in range(3)] == [((5, 4),)] * 3
+    assert graphs.log == ["capture", "replay", "replay"]
 
 
 @pytest.mark.parametrize("is_captured", [True, False])
