@@ -12,6 +12,8 @@ import sympy
 import torch
 from torch import fx
 
+from dbo_compile import compat
+
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 WAIT = torch.ops._c10d_functional.wait_tensor.default
 
@@ -123,8 +125,8 @@ def symbols_of(val: Any) -> set[sympy.Symbol]:
         return set().union(*map(symbols_of, val))
     if isinstance(val, torch.Tensor):
         sizes = [d for d in (*val.shape, *val.stride()) if not isinstance(d, int)]
-        return {s for d in sizes for s in expression(d).free_symbols}
-    return set(expression(val).free_symbols) if isinstance(val, SYMBOLIC) else set()
+        return {s for d in sizes for s in compat.symbols_in(expression(d))}
+    return set(compat.symbols_in(expression(val))) if isinstance(val, SYMBOLIC) else set()
 
 
 def copied(graph: fx.Graph) -> fx.Graph:
@@ -234,8 +236,8 @@ def _hint(size: int | torch.SymInt) -> int:
     if isinstance(size, int):
         return size
     expr = size.node.expr
-    free = expr.free_symbols - set(size.node.shape_env.backed_var_to_val)
-    known = {s: size.node.shape_env.backed_var_to_val[s] for s in expr.free_symbols - free}
+    free = compat.symbols_in(expr) - set(size.node.shape_env.backed_var_to_val)
+    known = {s: size.node.shape_env.backed_var_to_val[s] for s in compat.symbols_in(expr) - free}
     return int(expr.xreplace(known | dict.fromkeys(free, sympy.Integer(7))))
 
 

@@ -49,7 +49,7 @@ from dbo_compile.compat.seeing import (
     trace_artifact,
     without_fake_tensors,
 )
-from dbo_compile.compat.shapes import OtherNumbers, SegmentShapes, evaluate, graph_guards
+from dbo_compile.compat.shapes import OtherNumbers, SegmentShapes, evaluate, graph_guards, symbols_in
 
 __all__ = [
     "OtherNumbers",
@@ -81,6 +81,7 @@ __all__ = [
     "segment_inductor",
     "source_name",
     "stop_recording",
+    "symbols_in",
     "symmetric_memory",
     "to_aten",
     "trace_again",

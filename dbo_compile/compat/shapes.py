@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import sympy
@@ -13,6 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+
+@lru_cache(maxsize=10_000)
+def symbols_in(expr: sympy.Expr) -> frozenset[sympy.Symbol]:
+    """Its free symbols, kept: sympy walks the expression each time, and passes ask for those of a few sizes often."""
+    return frozenset(expr.free_symbols)
 
 
 class SegmentShapes:
@@ -117,7 +124,7 @@ class OtherNumbers:
 
     def _is_renamed(self, val: Any) -> bool:
         is_symbolic = isinstance(val, torch.SymInt | torch.SymFloat | torch.SymBool)
-        return is_symbolic and not val.node.expr.free_symbols.isdisjoint(self._new)
+        return is_symbolic and not symbols_in(val.node.expr).isdisjoint(self._new)
 
 
 def graph_guards(val: torch.SymInt) -> list[sympy.Expr]:

@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch import fx
 
+from dbo_compile import compat
 from dbo_compile import graph as g
 from dbo_compile.errors import InvalidProgram
 from dbo_compile.ir.schedule import Lane, Segment
@@ -148,7 +149,7 @@ class _CodeWriter:
         args = [self.numbers.tensor(n) for n in self.tensors]
         numbers = {i for n in self.nodes for i in n.all_input_nodes if g.is_symbolic_number(i)}
         exprs = [d for a in args for d in (*a.sizes, *a.strides)] + [self.numbers.expr(g.value(n)) for n in numbers]
-        found = {s for e in exprs for s in e.free_symbols} - own
+        found = {s for e in exprs for s in compat.symbols_in(e)} - own
         tokens = self.tokens
         if any(is_numbered(n, tokens) or n in tokens.localised or tokens.reads_others(n) for n in self.nodes):
             found |= {TOKENS, BEFORE}
