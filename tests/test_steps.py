@@ -275,6 +275,32 @@ def test_beside_a_rank_whose_graph_is_not_split_nobody_pads(two):
     assert [split for _, split, _ in answers] == [1, 1]
 
 
+def late_and_early(x):
+    """The last exchange could be played before the one above it, which waits for the first."""
+    rows = x.view(-1, 5)
+    first = funcol.all_reduce(rows * 3, "sum", dist.group.WORLD)
+    late = funcol.all_reduce(first.tanh() @ torch.eye(5), "max", dist.group.WORLD)
+    early = funcol.all_reduce(rows * 2, "min", dist.group.WORLD)
+    return (late + early).view(x.shape)
+
+
+def beside_a_follower(fn, shapes):
+    """The results of this rank, in eager and compiled, of one call of it for each shape."""
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend="dbo", options={"split": "always", "inner": "eager"})
+    made = torch.Generator().manual_seed(dist.get_rank())
+    with torch.no_grad():
+        xs = [torch.randn(shape, generator=made) for shape in shapes[dist.get_rank()]]
+        want = [fn(x) for x in xs]
+        return [(compiled(x) - y).abs().max().item() for x, y in zip(xs, want, strict=True)], reports()[-1].reason
+
+
+def test_beside_a_rank_whose_graph_is_not_split_collectives_are_played_in_the_order_of_the_model(two):
+    answers = two.run(beside_a_follower, late_and_early, (((1, 90),), ((6, 15),)), timeout=200.0)
+    assert [reason for _, reason in answers] == ["it has a single token", ""]
+    assert max(worst for found, _ in answers for worst in found) <= 1e-6
+
+
 class Sharded(torch.nn.Module):
     """A dense layer whose inner dim is shared by the ranks."""
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dbo_compile.ir.schedule import Segment, Step
+from dbo_compile.ir.schedule import Lane, Segment, Step
 
 Needs = Mapping[str, Mapping[str, str]]
 """For each segment, the segments that must be played before it, each with the reason: a clause like "it reads x"."""
 
 
-def needs_of(segments: Mapping[str, Segment]) -> Needs:
-    """Everything that the order of the graph says about the order of the steps; linear in the size of the graph."""
+def needs_of(segments: Mapping[str, Segment], num_microbatches: int) -> Needs:
+    """Everything that the order of the graph says about the order of the steps; linear in the size of the graph.
+
+    Where nothing is split, collectives of different groups keep their order, too: another rank may play the same step
+    as the graph says, and what waits for each other on one stream must be there in one order.
+    """
     history = _ValueHistory()
     last_in_group: dict[str, str] = {}
     needs: dict[str, dict[str, str]] = {}
@@ -19,9 +23,11 @@ def needs_of(segments: Mapping[str, Segment]) -> Needs:
         needed = history.play(s)
         for name in s.after:
             needed.setdefault(name, "the graph has it first")
-        if s.group and (last := last_in_group.get(s.group)):
-            needed.setdefault(last, f"the collectives of group {s.group} are issued in the order of the graph")
-        last_in_group[s.group] = s.name
+        if s.lane is Lane.COMM and (s.group or num_microbatches == 1):
+            group = f"group {s.group}" if num_microbatches > 1 else "an unsplit step"
+            if last := last_in_group.get(group):
+                needed.setdefault(last, f"the collectives of {group} are issued in the order of the graph")
+            last_in_group[group] = s.name
         needs[s.name] = needed
     return needs
 

@@ -143,7 +143,7 @@ class _Steps:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.needs = needs_of(program.segments)
+        self.needs = needs_of(program.segments, program.num_microbatches)
         self.expected = {step: None for segment in program.segments.values() for step in self._all(segment)}
         self.played: set[Step] = set()
         self.history = History(program.segments)

@@ -12,7 +12,7 @@ from dbo_compile.ir.schedule import Schedule, Step
 def verify_schedule(schedule: Schedule) -> None:
     """Raise `InvalidSchedule`, with the place marked, unless `schedule` plays every step once and in a right order."""
     _verify_once(schedule)
-    n, needs = schedule.num_microbatches, needs_of(schedule.segments)
+    n, needs = schedule.num_microbatches, needs_of(schedule.segments, schedule.num_microbatches)
     done: set[Step] = set()
     for at, step in enumerate(schedule.steps):
         for name, why in needs[step.segment].items():

@@ -201,13 +201,20 @@ class _Cutter:
         return read
 
     def _levels(self) -> dict[fx.Node, int]:
-        """How many borders lie before a node. Level 0 is what needs no tokens and comes before everything."""
+        """How many borders lie before a node. Level 0 is what needs no tokens and comes before everything.
+
+        A collective is on no lower level than the one before it in the graph: so programs can keep that order, which
+        is the one of a rank that plays the whole graph.
+        """
         level: dict[fx.Node, int] = {}
+        last = 0
         for node in self.nodes:
             prologue = not self.mode[node].per_microbatch and self.mode[node].kind is Kind.COMPUTE
             prologue = prologue and node not in self.tokens.barriers and all(level[n] == 0 for n in self.needs[node])
             crossed = (level[n] + (level[n] > 0 and self._is_border(n, node)) for n in self.needs[node])
             level[node] = 0 if prologue else max(crossed, default=1) or 1
+            if comm_op(node.target):
+                level[node] = last = max(level[node], last)
         return level
 
     def _is_border(self, before: fx.Node, node: fx.Node) -> bool:

@@ -64,7 +64,7 @@ def _ticks(segments: Mapping[str, Segment], step: Step) -> float:
 
 def _step_needs(segments: Mapping[str, Segment], n: int, threaded: frozenset[str]) -> dict[Step, tuple[Step, ...]]:
     needs: dict[Step, tuple[Step, ...]] = {}
-    of_segment = needs_of(segments)
+    of_segment = needs_of(segments, n)
     for segment in segments.values():
         for step in steps_of(segment, n):
             found = [needed_steps(segments[name], step, n, segment) for name in of_segment[segment.name]]

@@ -69,7 +69,7 @@ def test_needs_follow_memory_through_aliases():
         compute("again", "v", "s"),
         compute("last", "r", "t", after=("again",)),
     )
-    assert needs_of({s.name: s for s in segments}) == {
+    assert needs_of({s.name: s for s in segments}, 2) == {
         "look": {},
         "read": {"look": "it makes v"},
         "write": {
@@ -81,10 +81,12 @@ def test_needs_follow_memory_through_aliases():
     }
 
 
-def test_needs_chain_the_collectives_of_each_group():
+def test_needs_chain_the_collectives_of_each_group_and_all_of_an_unsplit_step():
     segments = (comm("a", "x", "y"), replace(comm("b", "x", "z"), group="tp"), comm("c", "x", "u"))
-    assert needs_of({s.name: s for s in segments}) == {
+    assert needs_of({s.name: s for s in segments}, 2) == {
         "a": {},
         "b": {},
         "c": {"a": "the collectives of group ep are issued in the order of the graph"},
     }
+    why = "the collectives of an unsplit step are issued in the order of the graph"
+    assert needs_of({s.name: s for s in segments}, 1) == {"a": {}, "b": {"a": why}, "c": {"b": why}}

@@ -57,6 +57,17 @@ def test_collectives_are_groups_of_their_own_even_side_by_side():
     ]  # fmt: skip
 
 
+def test_collectives_keep_the_order_of_the_graph_though_a_later_one_waits_for_less():
+    def fn(x):
+        late = exchange(exchange(x.sin()).cos())
+        return late + exchange(x.exp())
+
+    assert groups_of(fn, (7, 3)) == [
+        "compute: sin exp", "comm: all_reduce wait_tensor", "compute: cos", "comm: all_reduce_1 wait_tensor_1",
+        "comm: all_reduce_2 wait_tensor_2", "compute: add",
+    ]  # fmt: skip
+
+
 def test_what_neither_feeds_a_collective_nor_waits_for_it_is_a_filler_group():
     def fn(x, w):
         return exchange(x.sin()) + x @ w

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from dbo_compile import compilation, reports
 from dbo_compile.passes.cost import CostModel
+from dbo_compile.passes.cut import Kind
 from dbo_compile.passes.order import POLICIES
 from tests.soundness.mutations import accepted
 from tests.soundness.programs import arguments, constants, functions
@@ -57,7 +58,19 @@ def check(source, sizes, num_microbatches=2, policy="list", regions=()):
         for i, (a, b) in enumerate(zip((*got, *its), (*want, *mine), strict=True)):
             assert a.shape == b.shape, f"{n} tokens, result or argument {i}"
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    check_order(reports()[-1])
     return reports()[-1]
+
+
+def check_order(report):
+    """Where nothing is split, collectives are in the order of the graph: another rank may play that."""
+    if report.levels is None:
+        return
+    at = {node: i for i, node in enumerate(report.levels.graph.nodes)}
+    steps = report.engine.ways.programs.modules[1].steps.values()
+    played = [report.levels.outline.groups[step.segment] for step in steps]
+    order = [at[group.nodes[0]] for group in played if group.mode.kind is Kind.COMM]
+    assert order == sorted(order)
 
 
 class RandomCosts(CostModel):
