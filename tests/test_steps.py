@@ -301,6 +301,25 @@ def test_beside_a_rank_whose_graph_is_not_split_collectives_are_played_in_the_or
     assert max(worst for found, _ in answers for worst in found) <= 1e-6
 
 
+def summed_rows(x):
+    return funcol.all_reduce(x.view(-1, 5).tanh() @ torch.ones(5, 5), "sum", dist.group.WORLD).view(x.shape)
+
+
+def many_beside_a_follower(shapes, num_steps):
+    torch._dynamo.reset()
+    x, options = torch.ones(shapes[dist.get_rank()]), {"timeout_s": 20.0}
+    with torch.no_grad():
+        want, compiled = summed_rows(x), torch.compile(summed_rows, backend="dbo", options=options)
+        return [(compiled(x) - want).abs().max().item() for _ in range(num_steps)], reports()[-1].decline_counts
+
+
+def test_beside_a_rank_whose_graph_is_not_split_nothing_is_timed(two):
+    """Ranks exchange what they timed, and a rank that follows would not come to that."""
+    follower, other = two.run(many_beside_a_follower, ((1, 90), (6, 15)), 20, timeout=200.0)
+    assert max(*follower[0], *other[0]) <= 1e-5
+    assert other[1] == {"the graph of rank 0 is not split": 20}
+
+
 class Sharded(torch.nn.Module):
     """A dense layer whose inner dim is shared by the ranks."""
 

@@ -137,7 +137,7 @@ class Engine:
 
     def _play(self, turn: Turn, call: Call, args: Sequence[Any]) -> Sequence[Any]:
         ways = self.ways.fitting(turn.cut.rows, turn.num_rows, args)
-        if self.config.split == "auto" and ways:
+        if self.config.split == "auto" and ways and not turn.plan.followers:  # who follows takes part in no timing
             return self._play_fastest(turn, call, ways, args)
         way = next(iter(ways), "")
         self._count(way, turn.reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from dbo_compile.runtime.cuts import Cut, cut_requests
 from dbo_compile.runtime.force import InForce, step_in_force
 from dbo_compile.runtime.gate import Gate
 from dbo_compile.runtime.padding import Buckets, is_decode
-from dbo_compile.runtime.plan import BatchPlan, Limits, Pads, Wish, check_same, has_to_be_padded
+from dbo_compile.runtime.plan import NOT_SPLIT, BatchPlan, Limits, Pads, Wish, check_same, has_to_be_padded
 from dbo_compile.runtime.requests import RequestTable
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.tune import Decision, Size
@@ -108,7 +108,9 @@ class Planner:
         is_flat_decode = call.table is not None and call.table.is_decode
         decode = is_flat_decode or is_decode((call.args[t.index], t.dim) for t in self.signature.token_inputs)
         self._last = elements, decode
-        can_split = call.is_even and self._can_split(num_tokens, partial(self._cut, call))
+        if not call.is_even:  # played as it was traced, like a graph that is not split
+            return replace(self._wish_of(num_tokens, elements, decode, can_split=False), program=NOT_SPLIT)
+        can_split = self._can_split(num_tokens, partial(self._cut, call))
         return self._wish_of(num_tokens, elements, decode, can_split=can_split)
 
     def _wish_of(self, num_tokens: int, elements: int, decode: bool, *, can_split: bool) -> Wish:
