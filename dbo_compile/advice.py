@@ -24,6 +24,8 @@ _ADVICE = (
     (r"num_microbatches=1", "Ask for two microbatches: num_microbatches=2."),
     (r"(another rank cannot|ranks? .* declined$|the graph of ranks? )", "Look at the reports of the other ranks: all "
      "split, or none."),
+    (r"ranks have other programs for this graph", "Mark the sizes that differ before the first call, on every rank: "
+     "torch._dynamo.mark_dynamic(input_ids, 1)."),
     (r"splitting changed ", "Find the op with dbo_compile.verify; a rule of yours may promise too much."),
     (r".*, and a \w+ is split from ", "Lower the option min_tokens, if splitting pays at that size."),
     (r"the model was specialised to", "Call it first with a size that no other dim of the model has."),

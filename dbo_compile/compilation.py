@@ -111,6 +111,7 @@ def build(traced: Traced, config: Config, *, whole: Mapping[fx.Node, str]) -> tu
         comm_codes=tuple(name for name, code in segments.codes.items() if code.kind is Kind.COMM),
         fns=fns,
         apart={n: emit(apart, fns, segments.outputs)} if apart else {},
+        graph=programs[n].graph,
     )
 
 

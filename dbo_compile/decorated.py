@@ -44,7 +44,6 @@ class Steps:
         self._limits = Limits.of(config)
         self._compiled = _compiled(fn, config)
         self._agreement: Agreement | None = None
-        self._programs = ""
         self._dtypes = ""
         self._num_played = 0
         self._known = Known()
@@ -143,15 +142,16 @@ class Steps:
 
     @property
     def _programs_hash(self) -> str:
-        return hashlib.sha256(f"{self._programs}; {self._dtypes}".encode()).hexdigest()[:16]
+        """Ranks compare programs when they call them (see `Planner`); here they can be told apart by dtypes."""
+        return hashlib.sha256(self._dtypes.encode()).hexdigest()[:16]
 
     def _play(self, plan: BatchPlan, inputs: dict[str, Any]) -> Any:
         """Play a step, and once more where its first graph turns out to be one that must not be padded."""
         if not plan.num_microbatches:
             return self._nothing
-        num_tokens, is_first = self._num_tokens(inputs), not self._num_played
+        num_tokens = self._num_tokens(inputs)
         pads = plan.pads or has_too_few(plan)
-        step = InForce(plan, is_first=is_first, num_tokens=num_tokens, pads=pads)
+        step = InForce(plan, num_tokens=num_tokens, pads=pads)
         try:
             return self._played(step, inputs)
         except Unpaddable as why:
@@ -160,7 +160,7 @@ class Steps:
         except Disagreement:
             self._known.same_size |= step.same_size  # what is new to this model: the next step is padded for it
             raise
-        return self._played(InForce(plan, is_first=is_first, num_tokens=num_tokens, pads=False), inputs)
+        return self._played(InForce(plan, num_tokens=num_tokens, pads=False), inputs)
 
     def _played(self, step: InForce, inputs: dict[str, Any]) -> Any:
         num_tokens, num_rows = step.num_tokens, step.num_rows
@@ -170,7 +170,6 @@ class Steps:
         with in_force(step), compat.host_reads_in_graph():
             results = self._compiled(*self._self(), **closed(padded))
         self._num_played += 1
-        self._programs = " ".join(step.engines)
         self._known.learn(step)
         for name, x in padded.items():
             if x is not inputs[name] and x.data_ptr() in step.written:

@@ -17,6 +17,7 @@ from dbo_compile import load_decisions, log, reports, save_decisions
 from dbo_compile.errors import DboError
 from dbo_compile.integrations.transformers import expert_parallel
 from dbo_compile.report import new_reports
+from dbo_compile.runtime.plan import DIFFERS
 from tests.integrations.models import VOCAB, tiny_model
 from tests.ranks import Ranks
 
@@ -318,6 +319,38 @@ def test_beside_a_rank_whose_graph_is_not_split_nothing_is_timed(two):
     follower, other = two.run(many_beside_a_follower, ((1, 90), (6, 15)), 20, timeout=200.0)
     assert max(*follower[0], *other[0]) <= 1e-5
     assert other[1] == {"the graph of rank 0 is not split": 20}
+
+
+def lengths(entry, batch, steps):
+    """How far each step is from one process, what was declined, and how many steps the last graph has split."""
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    alone = tiny_model("qwen3_moe", experts="batched_mm", dtype=torch.float64)
+    model = tiny_model("qwen3_moe", experts="grouped_mm", dtype=torch.float64)
+    expert_parallel(model, ep_implementation="dbo")
+    options = {"inner": "eager", "timeout_s": 20.0}
+    run = dbo_compile.dbo(model, token_dims={"input_ids": 0}, **options) if entry == "decorator" else torch.compile(
+        model, backend="dbo", options=options, fullgraph=True
+    )  # fmt: skip
+    before, worst = reports(), 0.0
+    with torch.no_grad():
+        for length in steps[dist.get_rank()]:
+            ids = torch.randint(0, VOCAB, (batch, length))
+            worst = max(worst, (run(ids).logits - alone(ids).logits).abs().max().item())
+    found = new_reports(before)
+    return worst, {reason for r in found for reason in r.decline_counts}, [r.calls_split for r in found]
+
+
+@pytest.mark.parametrize("entry", ["decorator", "backend"])
+def test_ranks_whose_graphs_were_traced_for_other_sizes_play_unsplit_until_they_have_the_same(two, entry):
+    """Dynamo makes the length a symbol when a rank meets a second one: on rank 0 in step 3, on rank 1 in step 6. Their
+    programs differ in the order of collectives meanwhile, and their engines in what they have timed."""
+    steps = [7, 7, *[9, 11] * 8], [7, 7, 7, 7, 7, *[12, 8] * 6, 9]
+    for worst, declined, (first, last) in two.run(lengths, entry, 6, steps, timeout=300.0):
+        assert worst <= TOLERANCE
+        assert DIFFERS in declined
+        assert first > 0
+        assert last > 0
 
 
 class Sharded(torch.nn.Module):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dbo_compile.ir.schedule import Lane, Segment
 
 Reg = str
+SIZES = re.compile(r"\[[^]]*\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,4 +181,15 @@ class Program:
         played = [i for i in self.instrs if isinstance(i, Run) and i.lane is Lane.COMM]
         segments = [(self.segments[run.segment], run.microbatch) for run in played]
         lines = [f"{s.name} {microbatch} {s.group} {s.payload}" for s, microbatch in segments]
-        return hashlib.sha256("\n".join([str(self.num_microbatches), *lines]).encode()).hexdigest()[:16]
+        return _hash([str(self.num_microbatches), *lines])
+
+    @property
+    def graph(self) -> str:
+        """A hash of the collectives in the order of the graph: what an unsplit step has in common on all ranks,
+        whatever sizes each was traced for."""
+        comm = (s for s in self.segments.values() if s.lane is Lane.COMM)
+        return _hash([f"{s.group} {SIZES.sub('', s.payload)}" for s in comm])
+
+
+def _hash(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

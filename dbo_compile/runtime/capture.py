@@ -113,6 +113,14 @@ class CapturePlayer:
         self.forget(lambda _key: True)
         self._room = Room()
 
+    def restart(self) -> None:
+        """Forget all that was met, captured or refused so far."""
+        self.release()
+        self.refused.clear()
+        self.calls.clear()
+        self._moves.clear()
+        self._moved.clear()
+
     def forget(self, is_lost: Callable[[Key], bool]) -> None:
         """Forget some graphs; what is played again is captured again. All ranks forget those of the same plays."""
         lost = [key for key in self.graphs if is_lost(key)]

@@ -114,6 +114,8 @@ class Engine:
 
     def _call(self, plan: BatchPlan, call: Call) -> Any:
         self.ways.captures = self._is_alike(plan, call)
+        if plan.compared.alike and plan.compared.generation != self.planner.state.generation:
+            self._restart(plan.compared.generation)
         if plan.has_news:
             self.ways.settle()
         if not call.is_even:
@@ -133,12 +135,22 @@ class Engine:
         """Whether the ranks that communicate here play the same, and so may replay graphs of it."""
         is_padded = call.force.pads if call.force else plan.pads
         is_alone = not self.ways.programs.comm_codes
-        return not plan.followers and (plan.is_even or is_padded or is_alone)
+        return plan.compared.alike and (plan.is_even or is_padded or is_alone)
+
+    def _restart(self, generation: int) -> None:
+        """Time, judge and capture from the beginning, as an engine of another rank does that is new."""
+        self.planner.state = self.planner.state._replace(generation=generation)
+        self.tuner.forget()
+        self._refiner.forget()
+        self.gate.restart()
+        self.ways.restart()
 
     def _play(self, turn: Turn, call: Call, args: Sequence[Any]) -> Sequence[Any]:
         ways = self.ways.fitting(turn.cut.rows, turn.num_rows, args)
-        if self.config.split == "auto" and ways and not turn.plan.followers:  # who follows takes part in no timing
-            return self._play_fastest(turn, call, ways, args)
+        if self.config.split == "auto" and not turn.plan.compared.why_whole:  # who follows takes part in no timing
+            if turn.plan.compared.alike and self.planner.may_differ(turn.plan, call.force):
+                ways = self._ways_of_all(ways)
+            return self._play_fastest(turn, call, ways or [UNSPLIT], args)
         way = next(iter(ways), "")
         self._count(way, turn.reason)
         return self._played(way, turn, call, None, args)
@@ -146,7 +158,7 @@ class Engine:
     def _play_fastest(self, turn: Turn, call: Call, ways: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
         """Play the way that was fastest for this size, or time the one whose turn it is."""
         size = Size(coarse(turn.plan.padded_tokens), coarse(turn.plan.num_elements))
-        alone = self.planner.may_be_alone(call)
+        alone = not turn.plan.compared.alike
         is_refined = self.config.policy == "list" and not alone and self._refiner.programs.get(size, self) is not None
         if {SPLIT, UNSPLIT} <= {*ways} and is_refined:  # what is joined was compiled for all rows, too
             ways = [SPLIT, REFINED, *ways[1:]]
@@ -171,6 +183,11 @@ class Engine:
             chosen = self.ways.modules(self.decisions[size].chosen, self._refiner.programs.get(size))
             self.ways.forget(lambda key: coarse(sum(key.rows)) == size.tokens and key.module not in chosen)
         return results
+
+    def _ways_of_all(self, ways: Sequence[str]) -> list[str]:
+        """Those that every rank can play: the sizes of this one may be what others were not compiled for."""
+        found = self.agreement.share([way in ways for way in WAYS])
+        return [way for way, *can in zip(WAYS, *found, strict=True) if all(can)]
 
     def _common_way(self, way: str, is_timed: bool, *trials: int) -> tuple[str, bool]:
         """The way of all ranks where they may play other graphs, each with `trials` and decisions of its own: theirs,
@@ -212,8 +229,8 @@ class Follower:
     def __call__(self, *args: Any) -> Any:
         force = step_in_force()
         plan = force.plan if force else self.agreement.agree(self.wish, self.limits)
-        if force and force.is_first:
-            self.agreement.share([0])
+        if force:
+            self.agreement.share([0, 0, 0])  # as `Alike.shared` has it
         if plan.has_news:
             self.agreement.share([0])
         return self.fn(*args)

@@ -23,15 +23,14 @@ LEAST_ROWS = 2
 class InForce:
     """The plan of a step, and what the graphs of the model tell of it.
 
-    `is_first`: no step was played before, so ranks have still to see that they play the same. `num_tokens` are those
-    of this rank; with `pads`, inputs have the rows of the plan. `results` has each result with its token dim (None: it
-    has none), by identity; `written` where the inputs lie that were written in place; `engines` the fingerprint of each
-    graph that was split. `can_pad` says whether all graphs can be padded (None: nobody knows), `same_size` whether one
-    of them needs as many rows on all ranks, `may_need_it` whether one might that nobody has looked at.
+    `num_tokens` are those of this rank; with `pads`, inputs have the rows of the plan. `results` has each result with
+    its token dim (None: it has none), by identity; `written` where the inputs lie that were written in place; `engines`
+    the fingerprint of each graph that was split. `can_pad` says whether all graphs can be padded (None: nobody knows),
+    `same_size` whether one of them needs as many rows on all ranks, `may_need_it` whether one might that nobody has
+    looked at.
     """
 
     plan: BatchPlan
-    is_first: bool
     num_tokens: int = 0
     pads: bool = True
     results: dict[int, tuple[torch.Tensor, int | None]] = field(default_factory=dict)

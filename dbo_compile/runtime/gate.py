@@ -66,6 +66,10 @@ class Gate:
             return False
         return self._mode == "every-call" or self._num_slight > 0 or num_tokens > 2 * self._most_judged
 
+    def restart(self) -> None:
+        """Judge all sizes again."""
+        self._most_judged, self._num_slight = 0, 0
+
     def play(
         self, cut: Cut, num_rows: int, args: Sequence[Any], recut: Callable[[], Cut], *, num_tokens: int
     ) -> Sequence[Any]:

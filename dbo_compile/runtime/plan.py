@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
-from typing import Self
+from typing import NamedTuple, Self
 
 from dbo_compile.config import Config
 from dbo_compile.errors import Disagreement
 
 NOT_SPLIT = "0" * 16
 """The program of a rank whose graph is not split. It fits every other: the whole graph is what all of them do."""
+DIFFERS = "ranks have other programs for this graph, as Dynamo traced it for other sizes on each"
 
 
 class Phase(Enum):
@@ -41,7 +42,9 @@ class Wish:
     tells sequences of 4,000 tokens from as many of 4. `program` and `config` are fingerprints, 16 hexadecimal digits
     each; a rank whose graph is not split has the program `NOT_SPLIT`. `decode` says that the rank's requests bring one
     token each. A rank whose inputs are wrong comes all the same, with a wish that is not valid. `pads` says when rows
-    of padding are known to do no harm, or cannot be done without.
+    of padding are known to do no harm, or cannot be done without. `graph` is a fingerprint of what the graph
+    communicates in its own order, the same for all programs of it ("": that of the program); `state` is an
+    `EngineState`, packed.
     """
 
     num_tokens: int
@@ -54,8 +57,11 @@ class Wish:
     config: str
     is_valid: bool = True
     pads: Pads = Pads.ALWAYS
+    graph: str = ""
+    state: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "graph", self.graph or self.program)
         if not 0 <= self.num_tokens <= self.padded_tokens:
             raise ValueError(f"{self.num_tokens} tokens cannot be padded to {self.padded_tokens}")
 
@@ -78,18 +84,79 @@ class Wish:
         return replace(cls.idle(program, config), is_valid=False)
 
     def packed(self) -> tuple[int, ...]:
-        *numbers, program, config, is_valid, pads = (getattr(self, name) for name in self.__slots__)
-        return (*numbers, _to_int64(program), _to_int64(config), is_valid, pads)
+        *numbers, program, config, is_valid, pads, graph, state = (getattr(self, name) for name in self.__slots__)
+        fingerprints = map(to_int64, (program, config, graph))
+        return (*numbers, *fingerprints, is_valid, pads, state)
 
     @classmethod
     def unpacked(cls, column: Sequence[int]) -> Self:
-        tokens, padded, elements, *wants, program, config, is_valid, pads = column
+        tokens, padded, elements, *wants, program, config, graph, is_valid, pads, state = column
         split, gate, decode = map(bool, wants)
-        fingerprints = _to_hex(program), _to_hex(config)
-        return cls(tokens, padded, elements, split, gate, decode, *fingerprints, bool(is_valid), Pads(pads))
+        fingerprints, is_valid = (_to_hex(program), _to_hex(config)), bool(is_valid)
+        told = tokens, padded, elements, split, gate, decode, *fingerprints
+        return cls(*told, is_valid, Pads(pads), _to_hex(graph), state)
 
 
 NUM_ROWS = len(Wish.__slots__)
+
+
+class EngineState(NamedTuple):
+    """What the engines of a step must have in common to time, decide and capture together.
+
+    `kind` tells engines apart that look at other sizes; `generation` those that began at another step, and so have
+    timed and judged other ones.
+    """
+
+    kind: int
+    generation: int
+
+    def packed(self) -> int:
+        return self.kind % 2**31 << 32 | self.generation % 2**32
+
+    @classmethod
+    def unpacked(cls, number: int) -> Self:
+        return cls(number >> 32, number % 2**32)
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """What ranks found when they compared the programs that they are about to play.
+
+    `followers` play the graph as it is. `differs`: those that have programs have not the same one, and so play theirs
+    unsplit, in the order of the graph. `alike`: all have the same program and engines of one kind, which begin anew
+    if they are not of this `generation`.
+    """
+
+    followers: tuple[int, ...] = ()
+    differs: bool = False
+    alike: bool = True
+    generation: int = 0
+
+    @classmethod
+    def of(cls, programs: Sequence[str], graphs: Sequence[str], states: Sequence[int]) -> Self:
+        """By rank. Raises `Disagreement` if ranks do not even communicate alike: they play other models."""
+        split = {rank: program for rank, program in enumerate(programs) if program != NOT_SPLIT}
+        if len({graphs[rank] for rank in split}) > 1:
+            check_same("program", split)
+        followers = tuple(rank for rank in range(len(programs)) if rank not in split)
+        found = [EngineState.unpacked(states[rank]) for rank in split] or [EngineState(0, 0)]
+        kinds, generations = {state.kind for state in found}, {state.generation for state in found}
+        differs = len({*split.values()}) > 1
+        generation = max(generations) + (len(generations) > 1)
+        return cls(followers, differs, not (followers or differs or len(kinds) > 1), generation)
+
+    @classmethod
+    def shared(cls, found: Sequence[Sequence[int]]) -> Self:
+        """By program, graph and state of each rank, as numbers; a rank whose graph is not split has 0 for each."""
+        programs, graphs, states = zip(*found, strict=True)
+        return cls.of([*map(_to_hex, programs)], [*map(_to_hex, graphs)], states)
+
+    @property
+    def why_whole(self) -> str:
+        """Why nothing can be split ("": it can)."""
+        if self.followers:
+            return f"the graph of {listed(self.followers)} is not split"
+        return DIFFERS if self.differs else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +185,8 @@ class BatchPlan:
     Every rank plays `padded_tokens` in `num_microbatches` (1: unsplit, `reason` says why; 0: nothing is played),
     whatever its own number in `num_tokens`; or its own number, if the step is none that ranks `pads`. With `gate`, both
     programs are played and compared. `followers` are the ranks whose graph is not split: such a graph cannot be padded,
-    and then none is. `has_news`: some rank has asked for an exchange (`Agreement.tell`).
+    and then none is. `has_news`: some rank has asked for an exchange (`Agreement.tell`). `compared` is what ranks
+    know of each other's programs.
     """
 
     num_tokens: tuple[int, ...]
@@ -131,6 +199,13 @@ class BatchPlan:
     followers: tuple[int, ...] = ()
     pads: bool = True
     has_news: bool = False
+    compared: Alike = Alike()
+
+    def met(self, found: Alike) -> Self:
+        """The same plan for ranks that have compared their programs since they made it."""
+        plan = replace(self, followers=found.followers, compared=found)
+        why = found.why_whole
+        return replace(plan, num_microbatches=1, gate=False, reason=self.reason or why) if why else plan
 
     @property
     def is_even(self) -> bool:
@@ -161,25 +236,27 @@ def decide(wishes: Sequence[Wish], limits: Limits) -> BatchPlan:
     """
     if wrong := [rank for rank, wish in enumerate(wishes) if not wish.is_valid]:
         raise Disagreement(f"{listed(wrong)} came to this step with wrong inputs; the error there says what is wrong")
-    check_same("program", {rank: wish.program for rank, wish in enumerate(wishes) if wish.program != NOT_SPLIT})
+    programs, graphs, states = zip(*((w.program, w.graph, w.state) for w in wishes), strict=True)
+    found = Alike.of(programs, graphs, states)
     check_same("config", {rank: wish.config for rank, wish in enumerate(wishes)})
     num_tokens = tuple(wish.num_tokens for wish in wishes)
     busy = {rank: wish for rank, wish in enumerate(wishes) if wish.num_tokens}
     if not busy:
         return BatchPlan(num_tokens, 0, 0, 0, gate=False, phase=Phase.IDLE, reason="no rank has tokens")
-    followers = tuple(rank for rank, wish in busy.items() if wish.program == NOT_SPLIT)
+    followers = tuple(rank for rank in found.followers if rank in busy)
     enough = Pads.ALWAYS if len({*num_tokens}) == 1 else Pads.UNEVEN
     pads = not followers and all(wish.pads >= enough for wish in busy.values())
     if not pads:
         busy = {rank: wish.unpadded() for rank, wish in busy.items()}
     padded = max(wish.padded_tokens for wish in busy.values())
     phase = Phase.DECODE if all(wish.decode for wish in busy.values()) else Phase.PREFILL
-    reason = f"the graph of {listed(followers)} is not split" if followers else ""
-    reason = reason or _why_not_split(busy, padded, phase, limits)
+    reason = found.why_whole or _why_not_split(busy, padded, phase, limits)
     num_microbatches = 1 if reason else limits.num_microbatches
     gate = not reason and any(wish.wants_gate for wish in busy.values())
     num_elements = max(wish.num_elements for wish in busy.values())
-    return BatchPlan(num_tokens, padded, num_elements, num_microbatches, gate, phase, reason, followers, pads)
+    return BatchPlan(
+        num_tokens, padded, num_elements, num_microbatches, gate, phase, reason, followers, pads, compared=found
+    )
 
 
 def _why_not_split(busy: Mapping[int, Wish], padded: int, phase: Phase, limits: Limits) -> str:
@@ -221,7 +298,7 @@ def check_same(what: str, fingerprints: Mapping[int, str]) -> None:
         )
 
 
-def _to_int64(fingerprint: str) -> int:
+def to_int64(fingerprint: str) -> int:
     return int.from_bytes(bytes.fromhex(fingerprint), signed=True)
 
 

@@ -15,7 +15,17 @@ from dbo_compile.runtime.cuts import Cut, cut_requests
 from dbo_compile.runtime.force import InForce, step_in_force
 from dbo_compile.runtime.gate import Gate
 from dbo_compile.runtime.padding import Buckets, is_decode
-from dbo_compile.runtime.plan import NOT_SPLIT, BatchPlan, Limits, Pads, Wish, check_same, has_to_be_padded
+from dbo_compile.runtime.plan import (
+    NOT_SPLIT,
+    Alike,
+    BatchPlan,
+    EngineState,
+    Limits,
+    Pads,
+    Wish,
+    has_to_be_padded,
+    to_int64,
+)
 from dbo_compile.runtime.requests import RequestTable
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.tune import Decision, Size
@@ -51,19 +61,26 @@ class Turn:
 
 
 class Planner:
-    """Plans the calls of one graph. `fingerprint` is what the ranks that play it together must have in common."""
+    """Plans the calls of one graph."""
 
     def __init__(self, ways: Ways, gate: Gate, config: Config, decided: Mapping[Size, Decision]) -> None:
         self.signature = ways.signature
         self.agreement: Agreement = ways.agreement
-        self.fingerprint = _hash(ways.programs.fingerprint, str(decided))
+        self._decided = str(decided)
         self._ways = ways
+        kind = _hash(ways.signature.kind, str(self._guards.know_others))
+        self.state = EngineState(int(kind[:7], 16), self.agreement.num_steps)
         self._gate = gate
         self._config_fingerprint = config.fingerprint
         self._limits = Limits.of(config)
         self._buckets = Buckets(config.pad_to)
         self._has_buckets = config.pad_to is not None
         self._last: tuple[int, bool] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the program as it is now: the gate may have replaced the first one."""
+        return _hash(self._ways.programs.fingerprint, self._decided)
 
     # -- agreeing: what goes wrong here, the other ranks hear of ----------------------------------------------------
 
@@ -116,8 +133,9 @@ class Planner:
     def _wish_of(self, num_tokens: int, elements: int, decode: bool, *, can_split: bool) -> Wish:
         bucket = self._buckets.bucket(num_tokens)
         wants_gate, program, config = self._gate.wants(num_tokens), self.fingerprint, self._config_fingerprint
-        pads = Pads.ALWAYS if self._pads else Pads.NEVER
-        return Wish(num_tokens, bucket, elements * bucket, can_split, wants_gate, decode, program, config, pads=pads)
+        pads, graph = Pads.ALWAYS if self._pads else Pads.NEVER, self._ways.programs.graph
+        return Wish(num_tokens, bucket, elements * bucket, can_split, wants_gate, decode, program, config, pads=pads,
+                    graph=graph, state=self.state.packed())  # fmt: skip
 
     def _come_wrong(self) -> None:
         self.agreement.meet(Wish.wrong(self.fingerprint, self._config_fingerprint))
@@ -131,12 +149,12 @@ class Planner:
             return False
 
     def _plan_in_force(self, force: InForce) -> BatchPlan:
-        """In the first step of all, ranks see that they play the same before they do."""
-        if force.is_first:
-            found = self.agreement.share([int(self.fingerprint[:15], 16)])
-            check_same("program", {rank: f"{values[0]:015x}" for rank, values in enumerate(found)})
+        """Ranks see that they play the same before they do: Dynamo may have made another graph of it on some of them
+        since they agreed on the step."""
+        fingerprints = self.fingerprint, self._ways.programs.graph
+        found = self.agreement.share([*map(to_int64, fingerprints), self.state.packed()])
         force.engines.append(self.fingerprint)
-        return force.plan
+        return force.plan.met(Alike.shared(found))
 
     # -- what this rank makes of a plan -----------------------------------------------------------------------------
 
@@ -147,7 +165,7 @@ class Planner:
         num_rows = plan.padded_tokens if plan.pads and not call.force else call.sizes[0]
         cut, reason = self._split(plan, call, num_rows)
         gates = plan.gate or (call.force is not None and self._gate.wants(plan.padded_tokens))
-        if self.may_be_alone(call):
+        if call.force and not (plan.compared.alike or plan.compared.why_whole):
             gates = any(wants for wants, in self.agreement.share([gates]))
         return Turn(plan, cut, num_rows, reason, gates)
 
@@ -161,10 +179,6 @@ class Planner:
     def recut(self, turn: Turn, call: Call) -> Cut:
         """How the same call is cut for programs that have been made since."""
         return self._split(turn.plan, call, turn.num_rows)[0]
-
-    def may_be_alone(self, call: Call) -> bool:
-        """Whether another rank may play another graph in this step: of one request, say, which Dynamo specialises."""
-        return call.force is not None and self.signature.requests is not None and self.agreement.size > 1
 
     def rows_of(self, num_tokens: int, *others: int) -> tuple[int, ...]:
         """How many tokens each microbatch of a step has; raises `NotSplit` with the reason if there is no way.
@@ -201,18 +215,20 @@ class Planner:
         except NotSplit as why:
             cut, reason = Cut(), str(why)
         cut = Cut() if reason else cut
-        if not plan.reason and self._may_differ(plan, call.force) and self.agreement.size > 1:
+        if not plan.reason and self.may_differ(plan, call.force):
             can = self.agreement.share([bool(cut.rows)])
             if cut.rows and not all(c for c, in can):
                 cut, reason = Cut(), "another rank cannot split it"
         return cut, reason
 
-    def _may_differ(self, plan: BatchPlan, force: InForce | None) -> bool:
-        """Whether ranks that agreed to split may still differ in whether they can: by what the guards speak of, or by
-        requests or sizes, where their wishes did not know them or how far the step is padded."""
+    def may_differ(self, plan: BatchPlan, force: InForce | None) -> bool:
+        """Whether ranks that agreed to split may still differ in whether they can: they have other engines, or it
+        depends on what the guards speak of, or on requests or sizes, where their wishes did not know them or how far
+        the step is padded."""
         unknown = self.signature.requests is not None and (self._pads or force is not None)
         own_sizes = force is not None and not (force.pads or plan.is_even)
-        return unknown or own_sizes or self._guards.know_others
+        differ = not plan.compared.alike or unknown or own_sizes or self._guards.know_others
+        return differ and self.agreement.size > 1
 
 
 def _hash(*texts: str) -> str:

@@ -61,6 +61,12 @@ class Signature:
         """The values of the symbols that do not count tokens."""
         return tuple(args[i] for i in (self.symbol_inputs or {}).values())
 
+    @property
+    def kind(self) -> str:
+        """What tells graphs of one model apart that Dynamo traced for other sizes."""
+        traits = self.same_size, not self.unpaddable, self.requests is None, self.whole_requests
+        return f"{len(self.symbol_inputs or {})} {self.output_dims} {traits}"
+
     def may_differ(self, *, pads: bool) -> str:
         """Why ranks may play a step in other sizes than each other ("": they do not), where steps are padded to
         buckets or not."""

@@ -25,7 +25,8 @@ class Programs:
     """What there is to play a graph with: an emitted module for each number of microbatches, 1 among them, and what
     tracing and compiling assumed of the number of rows. `trusts` says what splitting takes on trust; `codes` has the
     code of each segment, `comm_codes` those that communicate, `fns` what is called for each. `apart` has other modules
-    for steps in which no request has tokens in two microbatches, where that leaves more freedom."""
+    for steps in which no request has tokens in two microbatches, where that leaves more freedom. `graph` is a hash
+    of what the graph communicates, whatever the order of a program."""
 
     modules: Mapping[int, nn.Module]
     guards: Guards
@@ -35,6 +36,7 @@ class Programs:
     comm_codes: tuple[str, ...] = ()
     fns: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     apart: Mapping[int, nn.Module] = field(default_factory=dict)
+    graph: str = ""
 
     def split(self, cut: Cut) -> nn.Module:
         """The module for a step that is cut."""
@@ -72,6 +74,7 @@ class Ways:
         self.graphs: CapturePlayer | None = None
         self.captures = True
         self._inductor: tuple[Callable[..., Any], Guards] | None = None
+        self._is_prepared = False
 
     def fitting(self, rows: Sequence[int], num_rows: int, args: Sequence[Any]) -> list[str]:
         """The ways to play `num_rows` rows; to split them if there are `rows` for the microbatches."""
@@ -80,9 +83,10 @@ class Ways:
 
     def prepare(self, way: str) -> None:
         """Have Inductor compile the whole graph, if it is what is to be played; all ranks do at the same place."""
-        if way == INDUCTOR and self._inductor is None and self.whole.compile:
+        if way == INDUCTOR and not self._is_prepared and self.whole.compile:
             with self.agreement.compiling():
-                self._inductor = self.whole.compile()
+                self._inductor = self._inductor or self.whole.compile()
+            self._is_prepared = True
 
     def play(
         self,
@@ -134,6 +138,12 @@ class Ways:
         """Play other programs from now on."""
         self.programs = programs
         self.forget(lambda _key: True)
+
+    def restart(self) -> None:
+        """Begin as ranks do that have played nothing yet: all do at the same place."""
+        self._is_prepared = False
+        if self.graphs:
+            self.graphs.restart()
 
     def settle(self) -> None:
         """Forget captured graphs that something has moved from under on any rank; all ranks come here at once."""

@@ -24,7 +24,20 @@ from dbo_compile.config import Config
 from dbo_compile.errors import Disagreement, RankLost
 from dbo_compile.runtime import agree, links, rollcall
 from dbo_compile.runtime.agree import Agreement, agreement_over
-from dbo_compile.runtime.plan import NUM_ROWS, BatchPlan, Limits, Pads, Phase, Wish, decide, listed
+from dbo_compile.runtime.plan import (
+    DIFFERS,
+    NUM_ROWS,
+    Alike,
+    BatchPlan,
+    EngineState,
+    Limits,
+    Pads,
+    Phase,
+    Wish,
+    decide,
+    listed,
+    to_int64,
+)
 from dbo_compile.runtime.rollcall import Roll, RollCall
 from tests.ranks import Ranks
 
@@ -184,12 +197,48 @@ def test_the_reason_names_the_ranks_that_declined_or_the_smallest(step, limits):
 @given(steps, limits, st.data(), st.sampled_from(["program", "config"]))
 def test_one_rank_with_another_fingerprint_is_an_error(step, limits, data, what):
     odd = data.draw(st.integers(0, len(step) - 1))
-    step = [replace(w, **{what: OTHER}) if i == odd else w for i, w in enumerate(step)]
+    told = {what: OTHER} if what == "config" else {what: OTHER, "graph": OTHER}
+    step = [replace(w, **told) if i == odd else w for i, w in enumerate(step)]
     if len(step) == 1:
         assert decide(step, limits).num_tokens == (step[0].num_tokens,)
         return
     with pytest.raises(Disagreement, match=rf"the same {what}.*rank {odd}: {OTHER}"):
         decide(step, limits)
+
+
+@given(steps, limits, st.data())
+def test_one_rank_with_another_program_for_the_same_graph_makes_all_play_it_whole(step, limits, data):
+    odd = data.draw(st.integers(0, len(step) - 1))
+    step = [replace(w, program=OTHER) if i == odd else w for i, w in enumerate(step)]
+    plan = decide(step, limits)
+    if len(step) > 1 and plan.num_microbatches:
+        assert (plan.num_microbatches, plan.gate, plan.reason) == (1, False, DIFFERS)
+        assert not plan.compared.alike
+
+
+def state(kind, generation):
+    return EngineState(kind, generation).packed()
+
+
+@pytest.mark.parametrize(
+    ("states", "alike", "generation"),
+    [
+        ([state(5, 3), state(5, 3)], True, 3),
+        ([state(5, 3), state(5, 0)], True, 4),  # all begin anew
+        ([state(5, 3), state(6, 3)], False, 3),
+        ([state(2**31 - 1, 2**32 - 2), state(2**31 - 1, 1)], True, 2**32 - 1),
+    ],
+)
+def test_engines_of_one_kind_that_began_at_other_steps_begin_anew_together(states, alike, generation):
+    found = decide([replace(wish(20), state=s) for s in states], LIMITS).compared
+    assert (found.alike, found.generation) == (alike, generation)
+
+
+def test_what_ranks_share_of_their_programs_is_what_they_would_wish():
+    told = [(to_int64(PROGRAM), to_int64(PROGRAM), state(1, 2)), (0, 0, 0)]
+    assert Alike.shared(told) == Alike(followers=(1,), alike=False, generation=2)
+    with pytest.raises(Disagreement, match="the same program"):
+        Alike.shared([told[0], (to_int64(OTHER), to_int64(OTHER), 0)])
 
 
 def test_a_disagreement_names_the_ranks_and_both_programs():

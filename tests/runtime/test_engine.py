@@ -20,7 +20,7 @@ from dbo_compile.runtime.engine import Engine, Follower
 from dbo_compile.runtime.force import InForce, in_force
 from dbo_compile.runtime.graphs import Limits
 from dbo_compile.runtime.lanes import WorkLanes
-from dbo_compile.runtime.plan import BatchPlan, Phase
+from dbo_compile.runtime.plan import Alike, BatchPlan, Phase
 from dbo_compile.runtime.rows import MOST_SHIFT, Guards, find_rows
 from dbo_compile.runtime.signature import Signature, TokenInput
 from dbo_compile.runtime.ways import Programs, Whole
@@ -136,7 +136,7 @@ def test_a_graph_that_cannot_be_padded_is_played_as_it_comes():
 def uneven(*, pads):
     """A step in which another rank brings two tokens less."""
     plan = BatchPlan((9, 7), 16, 32, 2, gate=False, phase=Phase.PREFILL, reason="", pads=pads)
-    return InForce(plan, is_first=False, num_tokens=9, pads=pads)
+    return InForce(plan, num_tokens=9, pads=pads)
 
 
 def test_what_is_exchanged_over_the_step_is_not_played_by_ranks_that_differ_and_do_not_pad():
@@ -149,7 +149,8 @@ def test_what_is_exchanged_over_the_step_is_not_played_by_ranks_that_differ_and_
 
 def test_ranks_that_differ_and_do_not_pad_ask_each_other_whether_they_can_split():
     found = engine(multiple_of(4))
-    found.agreement.size, found.agreement.share = 2, lambda values: [tuple(values), (False,)]
+    found.agreement.size = 2
+    found.agreement.share = lambda values: [tuple(values), (False,) if len(values) == 1 else tuple(values)]
     with in_force(uneven(pads=False)):
         assert found(torch.ones(8, 2)) == ((8,),)
     assert found.calls.declined == {"another rank cannot split it": 1}
@@ -225,7 +226,7 @@ def test_an_error_in_a_program_passes_through_after_its_collectives_were_finishe
 
 
 class Planned(Agreement):
-    """Two ranks, the other of which says nothing; a plan has what is in `also`."""
+    """Two ranks, the other of which says the same; a plan has what is in `also`."""
 
     def __init__(self):
         super().__init__(None, timeout_s=1.0)
@@ -236,7 +237,7 @@ class Planned(Agreement):
 
     def share(self, values):
         self.shared.append(tuple(values))
-        return [tuple(values), (0,) * len(values)]
+        return [tuple(values), tuple(values)]
 
 
 def capturing_engine(**options):
@@ -253,7 +254,8 @@ def test_beside_a_rank_whose_graph_is_not_split_nothing_is_replayed():
     x = torch.ones(9, 2)
     for _ in range(3):
         found(x)
-    found.agreement.also = {"followers": (1,), "num_microbatches": 1, "reason": "the graph of rank 1 is not split"}
+    alone = Alike(followers=(1,), alike=False)
+    found.agreement.also = {"followers": (1,), "num_microbatches": 1, "reason": alone.why_whole, "compared": alone}
     assert [found(x) for _ in range(3)] == [((9,),)] * 3
     found.agreement.also = {}
     assert found(x) == ((5, 4),)
