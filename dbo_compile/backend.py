@@ -85,7 +85,8 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config)
         return _split(gm, example_inputs, config, groups)
     except NotSplit as why:
         fn, report = _not_split(original, example_inputs, config, str(why))
-        return (Follower(fn, _agreement(groups, config), config) if groups else fn), report
+        device = next((x.device for x in example_inputs if isinstance(x, torch.Tensor)), CPU)  # as on the other ranks
+        return (Follower(fn, _agreement(groups, config, device), config) if groups else fn), report
 
 
 def _refuse_what_none_splits(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> None:
@@ -105,7 +106,7 @@ def _not_split(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config
     return unknown(fn, why, communicates=capture.has_communication(gm)), Report(why=why, captured=gm.graph)
 
 
-def _agreement(groups: Sequence[str], config: Config, device: torch.device = CPU) -> Agreement:
+def _agreement(groups: Sequence[str], config: Config, device: torch.device) -> Agreement:
     """Where the ranks meet that a graph communicates with; of several groups, those of the largest."""
     if config.dp_group is not None:
         group = compat.process_group(config.dp_group)

@@ -57,7 +57,7 @@ class Ranks:
             process.join(5.0)
         self.kill()
 
-    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
         """Run `fn(*args)` on every rank within `timeout` seconds."""
         if not self._ranks:
             self.start()

@@ -328,7 +328,7 @@ def lengths(entry, batch, steps):
     alone = tiny_model("qwen3_moe", experts="batched_mm", dtype=torch.float64)
     model = tiny_model("qwen3_moe", experts="grouped_mm", dtype=torch.float64)
     expert_parallel(model, ep_implementation="dbo")
-    options = {"inner": "eager", "timeout_s": 20.0}
+    options = {"inner": "eager"}
     run = dbo_compile.dbo(model, token_dims={"input_ids": 0}, **options) if entry == "decorator" else torch.compile(
         model, backend="dbo", options=options, fullgraph=True
     )  # fmt: skip

@@ -103,6 +103,7 @@ class Agreement:
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
         self.num_steps = 0
+        self.num_shared = 0
         self._timeout_s = timeout_s
         self._ahead: _Started | None = None
         self._lost = ""
@@ -155,6 +156,7 @@ class Agreement:
         if self._link is None:
             return [tuple(values)]
         self._refuse_if_lost()
+        self.num_shared += 1
         exchange = self._shared.start(values)
         self._wait(exchange.is_done, f"agree in step {self.num_steps}")
         return exchange.values()

@@ -69,7 +69,8 @@ class Planner:
         self._decided = str(decided)
         self._ways = ways
         kind = _hash(ways.signature.kind, str(self._guards.know_others))
-        self.state = EngineState(int(kind[:7], 16), self.agreement.num_steps)
+        began = self.agreement.num_steps + self.agreement.num_shared
+        self.state = EngineState(int(kind[:7], 16), began)
         self._gate = gate
         self._config_fingerprint = config.fingerprint
         self._limits = Limits.of(config)

@@ -218,6 +218,7 @@ class OtherRank:
     """An agreement with a rank that says of every step whether it can split it."""
 
     rank, size, wait_for = 0, 2, None
+    num_steps = num_shared = 0
 
     def __init__(self, *, can_split: bool) -> None:
         self.can_split, self.asked = can_split, []
