@@ -20,7 +20,7 @@ from dbo_compile.runtime.engine import Engine, Follower
 from dbo_compile.runtime.force import InForce, in_force
 from dbo_compile.runtime.graphs import Limits
 from dbo_compile.runtime.lanes import WorkLanes
-from dbo_compile.runtime.plan import Alike, BatchPlan, Phase
+from dbo_compile.runtime.plan import NOT_SPLIT, Alike, BatchPlan, Phase
 from dbo_compile.runtime.rows import MOST_SHIFT, Guards, find_rows
 from dbo_compile.runtime.signature import Signature, TokenInput
 from dbo_compile.runtime.ways import Programs, Whole
@@ -185,6 +185,13 @@ def test_inputs_that_differ_in_their_tokens_are_played_as_traced_whatever_their_
     assert found.calls.declined == {
         "its inputs differ in their number of tokens (xs: 9, xs: 7); see token_dims": 1
     }
+
+
+def test_a_call_whose_inputs_differ_comes_as_one_of_a_graph_that_is_not_split():
+    """It takes part in no timing, and the other ranks must know."""
+    planner = engine(inputs=("x", "y")).planner
+    programs = [planner._wish(planner.read([torch.ones(9, 2), torch.ones(n)])).program for n in (9, 7)]
+    assert programs == [planner.fingerprint, NOT_SPLIT]
 
 
 def test_a_size_that_differs_is_listed_though_no_token_input_has_it():
