@@ -38,6 +38,8 @@ class TwoThreads:
         halves = list(zip(*map(_halves, inputs), strict=True))
         outs: list[Any] = [None, None]
         self.over = [False, False]
+        for turn in self.turns:  # who ended last has set one: with a second turn, both threads would run at once
+            turn.clear()
         threads = [  # in a context of its own a thread would compile with PyTorch's default configuration
             threading.Thread(target=copy_context().run, args=(self._run, i, half, outs, compute))
             for i, half in enumerate(halves)
