@@ -205,6 +205,16 @@ def test_the_table_of_overlap_is_that_of_the_benchmark(header, results):
         assert shares == [ratios[column, MEASURED[name]] for column in columns], name
 
 
+def test_the_table_of_the_gpu_is_that_of_the_benchmark():
+    header, *measured = rows_of(DOCS / "results" / "gpu-2026-11-28.md", "| tokens | eager |")
+    (_, *sizes), *shown = rows_of(ROOT / "README.md", "| tokens | 16384 |")
+    took = {(row[0], way): cell.split()[0] for row in measured for way, cell in zip(header, row, strict=True)}
+    for (_, *each), way in zip(shown, ("Inductor, graph", "two threads, graph", "dbo, graph"), strict=True):
+        assert [cell.strip("*") for cell in each] == [took[n, way] for n in sizes], way
+    gains = [float(took[n, "Inductor, graph"]) / float(took[n, "dbo, graph"]) for n in sizes]
+    assert f"{min(gains):.2f} to {max(gains):.2f} times as fast" in text_of("README.md")
+
+
 def test_the_table_of_the_readme_is_that_of_the_benchmark():
     ratios = ratios_to_inductor("link-wide.md")
     (_, *columns), *shown = rows_of(ROOT / "README.md", "| communication / compute |")

@@ -17,7 +17,7 @@ from dbo_compile import load_decisions, log, reports, save_decisions
 from dbo_compile.errors import DboError
 from dbo_compile.integrations.transformers import expert_parallel
 from dbo_compile.report import new_reports
-from dbo_compile.runtime.plan import DIFFERS
+from dbo_compile.runtime.comparison import DIFFERS
 from tests.integrations.models import VOCAB, tiny_model
 from tests.ranks import Ranks
 

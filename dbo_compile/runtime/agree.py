@@ -22,8 +22,9 @@ from torch.distributed.distributed_c10d import ProcessGroup, Work
 
 from dbo_compile.compat import while_dynamo_compiles
 from dbo_compile.errors import Disagreement, RankLost
+from dbo_compile.runtime.comparison import listed
 from dbo_compile.runtime.links import DeviceLink, Exchange, Link, SocketLink
-from dbo_compile.runtime.plan import NUM_ROWS, BatchPlan, Limits, Wish, decide, listed
+from dbo_compile.runtime.plan import NUM_ROWS, BatchPlan, Limits, Wish, decide
 from dbo_compile.runtime.rollcall import Roll, RollCall
 
 PATIENCE_SECONDS = 0.5

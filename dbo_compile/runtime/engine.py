@@ -14,12 +14,13 @@ from dbo_compile.errors import Disagreement, RankLost, Unpaddable
 from dbo_compile.log import logger
 from dbo_compile.runtime.agree import Agreement
 from dbo_compile.runtime.capture import CapturePlayer
+from dbo_compile.runtime.comparison import NOT_SPLIT
 from dbo_compile.runtime.cuts import CutSteps
 from dbo_compile.runtime.force import step_in_force
 from dbo_compile.runtime.gate import Gate
 from dbo_compile.runtime.graphs import Player
 from dbo_compile.runtime.padding import coarse
-from dbo_compile.runtime.plan import NOT_SPLIT, BatchPlan, Limits, Wish
+from dbo_compile.runtime.plan import BatchPlan, Limits, Wish
 from dbo_compile.runtime.planner import Call, Planner, Turn
 from dbo_compile.runtime.refine import Refiner, synchronize
 from dbo_compile.runtime.signature import Signature
@@ -230,7 +231,7 @@ class Follower:
         force = step_in_force()
         plan = force.plan if force else self.agreement.agree(self.wish, self.limits)
         if force:
-            self.agreement.share([0, 0, 0])  # as `Alike.shared` has it
+            self.agreement.share([0, 0, 0])  # as `Comparison.shared` has it
         if plan.has_news:
             self.agreement.share([0])
         return self.fn(*args)

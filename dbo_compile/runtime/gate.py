@@ -18,8 +18,8 @@ from dbo_compile import compat
 from dbo_compile.log import logger
 from dbo_compile.runtime.agree import Agreement
 from dbo_compile.runtime.capture import uncaptured
+from dbo_compile.runtime.comparison import listed
 from dbo_compile.runtime.cuts import Cut
-from dbo_compile.runtime.plan import listed
 from dbo_compile.runtime.signature import Signature, State
 from dbo_compile.runtime.tune import SPLIT
 from dbo_compile.runtime.ways import Programs, Ways

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from dbo_compile.runtime.agree import Agreement
-from dbo_compile.runtime.plan import listed
+from dbo_compile.runtime.comparison import listed
 
 T = TypeVar("T")
 

@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
-from typing import NamedTuple, Self
+from typing import Self
 
 from dbo_compile.config import Config
 from dbo_compile.errors import Disagreement
-
-NOT_SPLIT = "0" * 16
-"""The program of a rank whose graph is not split. It fits every other: the whole graph is what all of them do."""
-DIFFERS = "ranks have other programs for this graph, as Dynamo traced it for other sizes on each"
+from dbo_compile.runtime.comparison import ALIKE, Comparison, check_same, listed, to_hex, to_int64
 
 
 class Phase(Enum):
@@ -92,71 +89,12 @@ class Wish:
     def unpacked(cls, column: Sequence[int]) -> Self:
         tokens, padded, elements, *wants, program, config, graph, is_valid, pads, state = column
         split, gate, decode = map(bool, wants)
-        fingerprints, is_valid = (_to_hex(program), _to_hex(config)), bool(is_valid)
+        fingerprints, is_valid = (to_hex(program), to_hex(config)), bool(is_valid)
         told = tokens, padded, elements, split, gate, decode, *fingerprints
-        return cls(*told, is_valid, Pads(pads), _to_hex(graph), state)
+        return cls(*told, is_valid, Pads(pads), to_hex(graph), state)
 
 
 NUM_ROWS = len(Wish.__slots__)
-
-
-class EngineState(NamedTuple):
-    """What the engines of a step must have in common to time, decide and capture together.
-
-    `kind` tells engines apart that look at other sizes; `generation` those that began at another step, and so have
-    timed and judged other ones.
-    """
-
-    kind: int
-    generation: int
-
-    def packed(self) -> int:
-        return self.kind % 2**31 << 32 | self.generation % 2**32
-
-    @classmethod
-    def unpacked(cls, number: int) -> Self:
-        return cls(number >> 32, number % 2**32)
-
-
-@dataclass(frozen=True, slots=True)
-class Alike:
-    """What ranks found when they compared the programs that they are about to play.
-
-    `followers` play the graph as it is. `differs`: those that have programs have not the same one, and so play theirs
-    unsplit, in the order of the graph. `alike`: all have the same program and engines of one kind, which begin anew
-    if they are not of this `generation`.
-    """
-
-    followers: tuple[int, ...] = ()
-    differs: bool = False
-    alike: bool = True
-    generation: int = 0
-
-    @classmethod
-    def of(cls, programs: Sequence[str], graphs: Sequence[str], states: Sequence[int]) -> Self:
-        """By rank. Raises `Disagreement` if ranks do not even communicate alike: they play other models."""
-        split = {rank: program for rank, program in enumerate(programs) if program != NOT_SPLIT}
-        if len({graphs[rank] for rank in split}) > 1:
-            check_same("program", split)
-        followers = tuple(rank for rank in range(len(programs)) if rank not in split)
-        found = [EngineState.unpacked(states[rank]) for rank in split] or [EngineState(0, 0)]
-        kinds, generations = {state.kind for state in found}, {state.generation for state in found}
-        differs = len({*split.values()}) > 1
-        generation = max(generations) + (len(generations) > 1)
-        return cls(followers, differs, not (followers or differs or len(kinds) > 1), generation)
-
-    @classmethod
-    def shared(cls, found: Sequence[Sequence[int]]) -> Self:
-        """By program, graph and state of each rank, as numbers; a rank whose graph is not split has 0 for each."""
-        programs, graphs, states = zip(*found, strict=True)
-        return cls.of([*map(_to_hex, programs)], [*map(_to_hex, graphs)], states)
-
-    @property
-    def why_whole(self) -> str:
-        """Why nothing can be split ("": it can)."""
-        if self.followers:
-            return f"the graph of {listed(self.followers)} is not split"
-        return DIFFERS if self.differs else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +122,8 @@ class BatchPlan:
 
     Every rank plays `padded_tokens` in `num_microbatches` (1: unsplit, `reason` says why; 0: nothing is played),
     whatever its own number in `num_tokens`; or its own number, if the step is none that ranks `pads`. With `gate`, both
-    programs are played and compared. `followers` are the ranks whose graph is not split: such a graph cannot be padded,
-    and then none is. `has_news`: some rank has asked for an exchange (`Agreement.tell`). `compared` is what ranks
+    programs are played and compared. Beside a rank whose graph is not split nobody `pads`, since such a graph cannot be
+    padded. `has_news`: some rank has asked for an exchange (`Agreement.tell`). `compared` is what ranks
     know of each other's programs.
     """
 
@@ -196,14 +134,13 @@ class BatchPlan:
     gate: bool
     phase: Phase
     reason: str
-    followers: tuple[int, ...] = ()
     pads: bool = True
     has_news: bool = False
-    compared: Alike = Alike()
+    compared: Comparison = ALIKE
 
-    def met(self, found: Alike) -> Self:
+    def met(self, found: Comparison) -> Self:
         """The same plan for ranks that have compared their programs since they made it."""
-        plan = replace(self, followers=found.followers, compared=found)
+        plan = replace(self, compared=found)
         why = found.why_whole
         return replace(plan, num_microbatches=1, gate=False, reason=self.reason or why) if why else plan
 
@@ -237,15 +174,14 @@ def decide(wishes: Sequence[Wish], limits: Limits) -> BatchPlan:
     if wrong := [rank for rank, wish in enumerate(wishes) if not wish.is_valid]:
         raise Disagreement(f"{listed(wrong)} came to this step with wrong inputs; the error there says what is wrong")
     programs, graphs, states = zip(*((w.program, w.graph, w.state) for w in wishes), strict=True)
-    found = Alike.of(programs, graphs, states)
+    found = Comparison.of(programs, graphs, states)
     check_same("config", {rank: wish.config for rank, wish in enumerate(wishes)})
     num_tokens = tuple(wish.num_tokens for wish in wishes)
     busy = {rank: wish for rank, wish in enumerate(wishes) if wish.num_tokens}
     if not busy:
         return BatchPlan(num_tokens, 0, 0, 0, gate=False, phase=Phase.IDLE, reason="no rank has tokens")
-    followers = tuple(rank for rank in found.followers if rank in busy)
     enough = Pads.ALWAYS if len({*num_tokens}) == 1 else Pads.UNEVEN
-    pads = not followers and all(wish.pads >= enough for wish in busy.values())
+    pads = not found.followers and all(wish.pads >= enough for wish in busy.values())
     if not pads:
         busy = {rank: wish.unpadded() for rank, wish in busy.items()}
     padded = max(wish.padded_tokens for wish in busy.values())
@@ -255,7 +191,7 @@ def decide(wishes: Sequence[Wish], limits: Limits) -> BatchPlan:
     gate = not reason and any(wish.wants_gate for wish in busy.values())
     num_elements = max(wish.num_elements for wish in busy.values())
     return BatchPlan(
-        num_tokens, padded, num_elements, num_microbatches, gate, phase, reason, followers, pads, compared=found
+        num_tokens, padded, num_elements, num_microbatches, gate, phase, reason, pads=pads, compared=found
     )
 
 
@@ -283,33 +219,3 @@ def has_to_be_padded(plan: BatchPlan, why: str) -> Disagreement:
         f"be: {why}. Leave out pad_to and give all ranks as many tokens, or take that op out of the compiled part of "
         "the model."
     )
-
-
-def check_same(what: str, fingerprints: Mapping[int, str]) -> None:
-    """Raise `Disagreement` if not all ranks have the same."""
-    ranks: dict[str, list[int]] = {}
-    for rank, fingerprint in fingerprints.items():
-        ranks.setdefault(fingerprint, []).append(rank)
-    if len(ranks) > 1:
-        found = ", ".join(f"{listed(have)}: {fingerprint}" for fingerprint, have in ranks.items())
-        raise Disagreement(
-            f"ranks must play the same {what}, but do not ({found}). Compile the same model with the same options on "
-            "every rank, and call its graphs in the same order; dbo_compile.reports() has the fingerprints."
-        )
-
-
-def to_int64(fingerprint: str) -> int:
-    return int.from_bytes(bytes.fromhex(fingerprint), signed=True)
-
-
-def _to_hex(number: int) -> str:
-    return number.to_bytes(8, signed=True).hex()
-
-
-def listed(ranks: Sequence[int], most: int = 8) -> str:
-    """`rank 3`, `ranks 0, 2 and 5`; of a long list its beginning."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    shown = [str(rank) for rank in ranks[:most]]
-    last = f"{len(ranks) - most} more" if len(ranks) > most else shown.pop()
-    return f"ranks {', '.join(shown)} and {last}"

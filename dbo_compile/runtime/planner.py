@@ -11,21 +11,12 @@ from typing import Any
 from dbo_compile.config import Config
 from dbo_compile.errors import NotSplit
 from dbo_compile.runtime.agree import Agreement
+from dbo_compile.runtime.comparison import NOT_SPLIT, Comparison, EngineState, to_int64
 from dbo_compile.runtime.cuts import Cut, cut_requests
 from dbo_compile.runtime.force import InForce, step_in_force
 from dbo_compile.runtime.gate import Gate
 from dbo_compile.runtime.padding import Buckets, is_decode
-from dbo_compile.runtime.plan import (
-    NOT_SPLIT,
-    Alike,
-    BatchPlan,
-    EngineState,
-    Limits,
-    Pads,
-    Wish,
-    has_to_be_padded,
-    to_int64,
-)
+from dbo_compile.runtime.plan import BatchPlan, Limits, Pads, Wish, has_to_be_padded
 from dbo_compile.runtime.requests import RequestTable
 from dbo_compile.runtime.rows import Guards
 from dbo_compile.runtime.tune import Decision, Size
@@ -155,7 +146,7 @@ class Planner:
         told = [to_int64(self.fingerprint), to_int64(self._ways.programs.graph), self.state.packed()]
         found = self.agreement.share(told if call.is_even else [0, 0, 0])
         force.engines.append(self.fingerprint)
-        return force.plan.met(Alike.shared(found))
+        return force.plan.met(Comparison.shared(found))
 
     # -- what this rank makes of a plan -----------------------------------------------------------------------------
 
@@ -174,7 +165,7 @@ class Planner:
         if force:
             force.meet(self.signature)
         is_padded = force.pads if force else plan.pads
-        if self.signature.same_size and not (plan.is_even or plan.followers or is_padded):
+        if self.signature.same_size and not (plan.is_even or plan.compared.followers or is_padded):
             raise has_to_be_padded(plan, self.signature.unpaddable or "another part of the model must not be")
 
     def recut(self, turn: Turn, call: Call) -> Cut:

@@ -14,7 +14,7 @@ from itertools import count
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from dbo_compile.runtime.plan import listed
+from dbo_compile.runtime.comparison import listed
 
 BEAT_SECONDS = 0.2
 WATCH_SECONDS = 1.0

@@ -324,7 +324,8 @@ def test_an_exchange_with_sizes_on_the_device_equals_the_static_one_and_is_captu
 def test_compute_sanitizer_finds_nothing(tool):
     if (sanitizer := shutil.which("compute-sanitizer")) is None:
         pytest.skip("there is no compute-sanitizer")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "tests.gpu.played"]
+    watched = [sys.executable, "-X", "faulthandler", "-m", "tests.gpu.played"]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *watched]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not support this device")

@@ -24,20 +24,8 @@ from dbo_compile.config import Config
 from dbo_compile.errors import Disagreement, RankLost
 from dbo_compile.runtime import agree, links, rollcall
 from dbo_compile.runtime.agree import Agreement, agreement_over
-from dbo_compile.runtime.plan import (
-    DIFFERS,
-    NUM_ROWS,
-    Alike,
-    BatchPlan,
-    EngineState,
-    Limits,
-    Pads,
-    Phase,
-    Wish,
-    decide,
-    listed,
-    to_int64,
-)
+from dbo_compile.runtime.comparison import DIFFERS, Comparison, EngineState, listed, to_int64
+from dbo_compile.runtime.plan import NUM_ROWS, BatchPlan, Limits, Pads, Phase, Wish, decide
 from dbo_compile.runtime.rollcall import Roll, RollCall
 from tests.ranks import Ranks
 
@@ -236,9 +224,9 @@ def test_engines_of_one_kind_that_began_at_other_steps_begin_anew_together(state
 
 def test_what_ranks_share_of_their_programs_is_what_they_would_wish():
     told = [(to_int64(PROGRAM), to_int64(PROGRAM), state(1, 2)), (0, 0, 0)]
-    assert Alike.shared(told) == Alike(followers=(1,), alike=False, generation=2)
+    assert Comparison.shared(told) == Comparison(followers=(1,), alike=False, generation=2)
     with pytest.raises(Disagreement, match="the same program"):
-        Alike.shared([told[0], (to_int64(OTHER), to_int64(OTHER), 0)])
+        Comparison.shared([told[0], (to_int64(OTHER), to_int64(OTHER), 0)])
 
 
 def test_a_disagreement_names_the_ranks_and_both_programs():

@@ -16,11 +16,12 @@ from dbo_compile.ir.tokens import TOKENS
 from dbo_compile.runtime import ways as ways_module
 from dbo_compile.runtime.agree import Agreement
 from dbo_compile.runtime.capture import CapturePlayer
+from dbo_compile.runtime.comparison import NOT_SPLIT, Comparison
 from dbo_compile.runtime.engine import Engine, Follower
 from dbo_compile.runtime.force import InForce, in_force
 from dbo_compile.runtime.graphs import Limits
 from dbo_compile.runtime.lanes import WorkLanes
-from dbo_compile.runtime.plan import NOT_SPLIT, Alike, BatchPlan, Phase
+from dbo_compile.runtime.plan import BatchPlan, Phase
 from dbo_compile.runtime.rows import MOST_SHIFT, Guards, find_rows
 from dbo_compile.runtime.signature import Signature, TokenInput
 from dbo_compile.runtime.ways import Programs, Whole
@@ -261,8 +262,8 @@ def test_beside_a_rank_whose_graph_is_not_split_nothing_is_replayed():
     x = torch.ones(9, 2)
     for _ in range(3):
         found(x)
-    alone = Alike(followers=(1,), alike=False)
-    found.agreement.also = {"followers": (1,), "num_microbatches": 1, "reason": alone.why_whole, "compared": alone}
+    alone = Comparison(followers=(1,), alike=False)
+    found.agreement.also = {"num_microbatches": 1, "reason": alone.why_whole, "compared": alone}
     assert [found(x) for _ in range(3)] == [((9,),)] * 3
     found.agreement.also = {}
     assert found(x) == ((5, 4),)
