@@ -127,7 +127,7 @@ class Steps:
         return self._wish_of(num_tokens, *self._per_token)
 
     def _wish_of(self, num_tokens: int, elements: int, decode: bool) -> Wish:
-        program, config = self._programs_hash, self._config.fingerprint
+        program, config = self._program, self._config.fingerprint
         if not num_tokens:
             return Wish.idle(program, config)
         bucket = self.buckets.bucket(num_tokens)
@@ -138,11 +138,11 @@ class Steps:
         return Wish(num_tokens, bucket, bucket * elements, can_split, False, decode, program, config, pads=pads)
 
     def _wrong(self) -> Wish:
-        return Wish.wrong(self._programs_hash, self._config.fingerprint)
+        return Wish.wrong(self._program, self._config.fingerprint)
 
     @property
-    def _programs_hash(self) -> str:
-        """Ranks compare programs when they call them (see `Planner`); here they can be told apart by dtypes."""
+    def _program(self) -> str:
+        """What tells programs apart before any is called: dtypes. Ranks compare the rest as they call them."""
         return hashlib.sha256(self._dtypes.encode()).hexdigest()[:16]
 
     def _play(self, plan: BatchPlan, inputs: dict[str, Any]) -> Any:

@@ -86,6 +86,8 @@ def check_covers(group: ProcessGroup, others: Iterable[ProcessGroup]) -> None:
 class Agreement:
     """Where the ranks of a group meet before each step; with no group, or a group of one, each wish makes the plan.
 
+    `num_steps` and `num_shared` count its exchanges, and are the same on all ranks.
+
     Ranks make their agreements over a group in the same order; to make one waits ten times as long (or for
     `connect_timeout_s`), since other ranks may still be loading. On the CPU it has connections of its own, and so
     never mixes with what else is sent over the group. On another `device` it uses those of the group, and between

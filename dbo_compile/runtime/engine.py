@@ -114,7 +114,7 @@ class Engine:
     # -- one call -----------------------------------------------------------------------------------------------------
 
     def _call(self, plan: BatchPlan, call: Call) -> Any:
-        self.ways.captures = self._is_alike(plan, call)
+        self.ways.captures = self._may_replay(plan, call)
         if plan.compared.alike and plan.compared.generation != self.planner.state.generation:
             self._restart(plan.compared.generation)
         if plan.has_news:
@@ -132,7 +132,7 @@ class Engine:
         self.signature.write_back(call.args, args)
         return self.signature.unpadded(results, turn.num_rows, call.sizes[0])
 
-    def _is_alike(self, plan: BatchPlan, call: Call) -> bool:
+    def _may_replay(self, plan: BatchPlan, call: Call) -> bool:
         """Whether the ranks that communicate here play the same, and so may replay graphs of it."""
         is_padded = call.force.pads if call.force else plan.pads
         is_alone = not self.ways.programs.comm_codes

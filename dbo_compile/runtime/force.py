@@ -24,10 +24,10 @@ class InForce:
     """The plan of a step, and what the graphs of the model tell of it.
 
     `num_tokens` are those of this rank; with `pads`, inputs have the rows of the plan. `results` has each result with
-    its token dim (None: it has none), by identity; `written` where the inputs lie that were written in place; `engines`
-    the fingerprint of each graph that was split. `can_pad` says whether all graphs can be padded (None: nobody knows),
-    `same_size` whether one of them needs as many rows on all ranks, `may_need_it` whether one might that nobody has
-    looked at.
+    its token dim (None: it has none), by identity; `written` where the inputs lie that were written in place.
+    `knows_any` says whether a graph was met that somebody has looked at, `can_pad` whether all graphs can be padded
+    (None: nobody knows), `same_size` whether one of them needs as many rows on all ranks, `may_need_it` whether one
+    might that nobody has looked at.
     """
 
     plan: BatchPlan
@@ -35,7 +35,7 @@ class InForce:
     pads: bool = True
     results: dict[int, tuple[torch.Tensor, int | None]] = field(default_factory=dict)
     written: set[int] = field(default_factory=set)
-    engines: list[str] = field(default_factory=list)
+    knows_any: bool = False
     can_pad: bool | None = True
     same_size: bool = False
     may_need_it: bool = False
@@ -48,6 +48,7 @@ class InForce:
 
     def meet(self, signature: Signature) -> None:
         """Hear of the next graph; raises `Unpaddable` if the step was padded, and it must not be."""
+        self.knows_any = True
         self.same_size |= signature.same_size
         if signature.unpaddable:
             self.can_pad = False
@@ -101,7 +102,7 @@ class Known:
         self.same_size |= step.same_size
         self.may_need_it |= step.may_need_it
         if step.num_rows >= LEAST_ROWS and self.can_pad is not False:
-            self.can_pad = step.can_pad if step.engines else None
+            self.can_pad = step.can_pad if step.knows_any else None
             if self.can_pad is None and step.num_played and not (self.same_size or self.may_need_it):
                 self.can_pad = False
 

@@ -93,7 +93,7 @@ class Planner:
     def plan(self, call: Call) -> BatchPlan:
         """The plan of the step that a call is part of, or that all ranks make of it."""
         if call.force:
-            return self._plan_in_force(call.force, call)
+            return call.force.plan.met(self._compared(call))
         try:
             self.signature.check(call.args)
             wish = self._wish(call)
@@ -140,13 +140,11 @@ class Planner:
         except (NotSplit, ValueError):
             return False
 
-    def _plan_in_force(self, force: InForce, call: Call) -> BatchPlan:
+    def _compared(self, call: Call) -> Comparison:
         """Ranks see that they play the same before they do: Dynamo may have made another graph of it on some of them
         since they agreed on the step."""
         told = [to_int64(self.fingerprint), to_int64(self._ways.programs.graph), self.state.packed()]
-        found = self.agreement.share(told if call.is_even else [0, 0, 0])
-        force.engines.append(self.fingerprint)
-        return force.plan.met(Comparison.shared(found))
+        return Comparison.shared(self.agreement.share(told if call.is_even else [0, 0, 0]))
 
     # -- what this rank makes of a plan -----------------------------------------------------------------------------
 
